@@ -1,0 +1,44 @@
+# Every target sets up what it needs in .venv, from constraints.txt; nothing is installed elsewhere.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+UV     := 0.13.9
+
+# Ray talks to this machine only, and tells nobody about it.
+export RAY_USAGE_STATS_ENABLED := 0
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE := 1
+
+.PHONY: run test check bench format clean install
+
+run: $(STAMP)  ## the main job on real weights: prepare a demo zoo, extract, verify, score
+	$(BIN)/python -m jobs.demo
+
+test: $(STAMP)  ## every test, the fast ones first
+	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "slow"
+
+check: $(STAMP)  ## lint, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layering.py
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: $(STAMP)
+
+# uv resolves the pinned set in seconds; the pip that comes with a venv takes minutes.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q uv==$(UV)
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt torch==2.13.0 -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,81 @@
+"""The adapter's README.md: a model card that says where the adapter comes from and what it keeps. Pure text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from phlora_pipeline.manifest import EnergyRow
+from phlora_pipeline.plan import Plan
+from phlora_pipeline.summary import percent, reasons, summarize
+
+
+def model_card(plan: Plan, rows: Sequence[EnergyRow], *, base_name: str, dtype: str) -> str:
+    """The card, with the front matter that hubs read.
+
+    Args:
+        plan: for rank and dialect.
+        rows: of the manifest.
+        base_name: hub id or served name of the base; empty where it is not known. Never a path.
+        dtype: of the adapter.
+    """
+    summary = summarize(rows)
+    front = {
+        "library_name": "peft",
+        "tags": ["lora", "phlora", "post-hoc"],
+        **({"base_model": base_name, "base_model_relation": "adapter"} if base_name else {}),
+    }
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
+    lines += [
+        f"# LoRA of rank {plan.rank}, extracted from a full fine-tune",
+        "",
+        f"Extracted, not trained: the truncated singular value decomposition of W_tuned − W_base, weight by weight (PHLoRA, Vasani et al., 2025), by phlora-pipeline. Base: {_code(base_name) if base_name else 'not named'}; model type {_code(plan.model_type or 'unknown')}; written for `{plan.dialect}` in {dtype}, rank {plan.written_rank}.",
+        "",
+        "| what | share of the update's energy ‖ΔW‖² |",
+        "|---|---|",
+        f"| kept by the rank-{plan.rank} factors of the adapted tensors (E_r) | {percent(summary.preserved_energy)} |",
+        f"| kept by the bytes as written | {percent(summary.written_energy)} |",
+        f"| lying in adapted tensors at all | {percent(summary.coverage)} |",
+        "",
+        f"{summary.adapted} tensors are adapted, {summary.unchanged} unchanged, {summary.zero_filled} zero-filled to complete a family, {summary.skipped} left out, {summary.failed} failed. `energy.parquet` has a row for each.",
+        "",
+    ]
+    lines += _left_out(rows)
+    lines += [
+        "## Loading it",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        'model = PeftModel.from_pretrained(base_model, "THIS_FOLDER")',
+        "```",
+        "",
+        f"vLLM: `vllm serve BASE --enable-lora --max-lora-rank {plan.written_rank} --lora-modules NAME=THIS_FOLDER`.",
+        "llama.cpp: `convert_lora_to_gguf.py --base BASE THIS_FOLDER`.",
+        "",
+    ]
+    if plan.tied:
+        lines += [
+            f"The base ties `{plan.tied[1]}` to `{plan.tied[0]}`; both carry the delta here, which is right while the adapter is *not* merged: a merger that keeps the tie would add it twice.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _left_out(rows: Sequence[EnergyRow]) -> list[str]:
+    summary = summarize(rows)
+    grouped = reasons(summary)
+    if not grouped:
+        return []
+    lines = ["## What it leaves out", "", "| why | tensors | share of ‖ΔW‖² |", "|---|---|---|"]
+    lines += [f"| {_cell(reason)} | {number} | {percent(share, 2)} |" for reason, number, share in grouped]
+    return [*lines, ""]
+
+
+def _cell(text: str) -> str:
+    """Text from a checkpoint or a flag, harmless inside a Markdown table."""
+    flat = " ".join(text.split())[:300]
+    return flat.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+
+
+def _code(text: str) -> str:
+    return f"`{_cell(text)}`"

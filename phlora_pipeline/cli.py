@@ -1,0 +1,418 @@
+"""The `phlora` command: flags in, one recipe called, one table or one JSON object out.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, or nothing to do · 1 a bug · 2 the request is wrong ·
+3 the model failed · 11 credentials · 12 storage · 13 verification failed · 14 no usable device · 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from dataclasses import asdict
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from phlora_pipeline import __version__, config, console, pipeline
+from phlora_pipeline import convert as conversion
+from phlora_pipeline import verify as verification
+from phlora_pipeline.errors import PhloraError
+from phlora_pipeline.pipeline import ExtractResult, Prepared
+from phlora_pipeline.summary import percent, reasons, size
+
+app = typer.Typer(
+    name="phlora",
+    help="Turn full-rank fine-tuned checkpoints into LoRA adapters, post hoc and without data.",
+    epilog="URLs: a local path, s3://, gs://, az://, hf://, or anything that fsspec knows; output goes to a local path or s3://.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_SELECT, _NUMERICS, _RUN = "What is adapted", "How it is computed", "How it runs"
+
+
+class Targets(StrEnum):
+    """Named sets of kinds."""
+
+    ALL = "all"
+    LINEAR = "linear"
+    PAPER = "paper"
+
+
+class Dialect(StrEnum):
+    """For whom the adapter is written."""
+
+    PORTABLE = "portable"
+    PEFT = "peft"
+
+
+class Dtype(StrEnum):
+    """Of the factors."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Engine(StrEnum):
+    """Where tasks run."""
+
+    AUTO = "auto"
+    LOCAL = "local"
+    RAY = "ray"
+
+
+class Solver(StrEnum):
+    """How the factors are computed."""
+
+    EXACT = "exact"
+
+
+Base = Annotated[
+    str,
+    typer.Option(
+        "--base",
+        metavar="URL",
+        help="The base checkpoint: a folder with config.json and safetensors, or one .safetensors file.",
+    ),
+]
+Tuned = Annotated[str, typer.Option("--tuned", metavar="URL", help="The fine-tuned checkpoint of that base.")]
+Out = Annotated[
+    str, typer.Option("--out", metavar="URL", help="Where the adapter goes: a folder that is empty or absent.")
+]
+Rank = Annotated[int, typer.Option("--rank", "-r", help="Rank r of the adapter, 1 to 512.")]
+MaxRank = Annotated[
+    int,
+    typer.Option(
+        "--max-rank", help="Singular values kept for the manifest; E_r is known up to here. 0: the same as --rank."
+    ),
+]
+TargetsOption = Annotated[
+    Targets,
+    typer.Option(
+        "--targets",
+        rich_help_panel=_SELECT,
+        help="all: every 2-D weight and embedding; linear: no embeddings or lm_head; paper: attention and MLP.",
+    ),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--include",
+        metavar="GLOB",
+        rich_help_panel=_SELECT,
+        help="Adapt only matrices whose name matches; may be repeated.",
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude",
+        metavar="GLOB",
+        rich_help_panel=_SELECT,
+        help="Leave out tensors whose name matches; may be repeated.",
+    ),
+]
+For = Annotated[
+    Dialect,
+    typer.Option(
+        "--for",
+        rich_help_panel=_SELECT,
+        help="portable: what PEFT, vLLM, SGLang, NIM and llama.cpp all apply; peft: every matrix, for PEFT only.",
+    ),
+]
+BaseName = Annotated[
+    str,
+    typer.Option(
+        "--base-name",
+        metavar="NAME",
+        rich_help_panel=_SELECT,
+        help="The base's hub id or served name, for adapter_config.json. Default: what config.json says.",
+    ),
+]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        "--dtype",
+        rich_help_panel=_NUMERICS,
+        help="Of the written factors; auto: the fine-tune's where that has 16 bits, else float32.",
+    ),
+]
+SolverOption = Annotated[
+    Solver,
+    typer.Option("--solver", rich_help_panel=_NUMERICS, help="exact: full SVD by LAPACK or cuSOLVER, truncated."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and no progress.")]
+
+
+@app.command()
+def extract(
+    base: Base,
+    tuned: Tuned,
+    out: Out,
+    rank: Rank = 32,
+    max_rank: MaxRank = 0,
+    targets: TargetsOption = Targets.ALL,
+    include: Include = None,
+    exclude: Exclude = None,
+    dialect: For = Dialect.PORTABLE,
+    base_name: BaseName = "",
+    dtype: DtypeOption = Dtype.AUTO,
+    solver: SolverOption = Solver.EXACT,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            "--engine",
+            rich_help_panel=_RUN,
+            help="local: a loop in this process; ray: actors, one per GPU, on RAY_ADDRESS or this machine; auto: ray where there are several GPUs.",
+        ),
+    ] = Engine.AUTO,
+    device: Annotated[str, typer.Option("--device", rich_help_panel=_RUN, help="auto, cpu, cuda or cuda:N.")] = "auto",
+    workers: Annotated[
+        int, typer.Option("--workers", min=0, rich_help_panel=_RUN, help="Ray workers; 0: as many as fit.")
+    ] = 0,
+    threads: Annotated[
+        int,
+        typer.Option(
+            "--threads",
+            min=0,
+            rich_help_panel=_RUN,
+            help="Processor threads per worker; the same number gives the same bytes. 0: all, at most 8.",
+        ),
+    ] = 0,
+    allow_partial: Annotated[
+        bool,
+        typer.Option(
+            "--allow-partial", rich_help_panel=_RUN, help="Publish even if tensors failed; the card names them."
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", rich_help_panel=_RUN, help="Replace another adapter at --out.")
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", rich_help_panel=_RUN, help="Publish even if the pair does not look like base and fine-tune."
+        ),
+    ] = False,
+    keep_parts: Annotated[
+        bool,
+        typer.Option(
+            "--keep-parts",
+            rich_help_panel=_RUN,
+            help="Keep the intermediate parts: another --dtype or a smaller --rank (under the same --max-rank) then needs no second SVD.",
+        ),
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Extract a LoRA adapter from a fine-tuned checkpoint and its base.
+
+    Example: phlora extract --base ./llama --tuned s3://zoo/llama-support --out ./adapter --rank 32
+    """
+    settings = config.run_config(
+        base=base, tuned=tuned, out=out, rank=rank, max_rank=max_rank, targets=targets.value, include=tuple(include or ()), exclude=tuple(exclude or ()),
+        dialect=dialect.value, base_name=base_name, dtype=dtype.value, solver=solver.value, engine=engine.value, device=device, workers=workers,
+        threads=threads, allow_partial=allow_partial, overwrite=overwrite, force=force, keep_parts=keep_parts,
+    )  # fmt: skip
+    with console.reporter(quiet=json_output) as observer:
+        result = pipeline.extract(settings, observer)
+    _print(asdict(result)) if json_output else _show_result(result)
+
+
+@app.command()
+def plan(
+    base: Base,
+    tuned: Tuned,
+    rank: Rank = 32,
+    max_rank: MaxRank = 0,
+    targets: TargetsOption = Targets.ALL,
+    include: Include = None,
+    exclude: Exclude = None,
+    dialect: For = Dialect.PORTABLE,
+    json_output: Json = False,
+) -> None:
+    """Say what extract would do: which tensors, which not and why, bytes, work and memory. Reads headers only."""
+    settings = config.run_config(
+        base=base, tuned=tuned, out="/nowhere", rank=rank, max_rank=max_rank, targets=targets.value,
+        include=tuple(include or ()), exclude=tuple(exclude or ()), dialect=dialect.value,
+    )  # fmt: skip
+    prepared = pipeline.plan(settings)
+    _print(_plan_record(prepared)) if json_output else _show_plan(prepared)
+
+
+@app.command()
+def verify(
+    base: Base,
+    tuned: Tuned,
+    adapter: Annotated[str, typer.Option("--adapter", metavar="URL", help="The adapter's folder.")],
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Measure from its bytes what an adapter keeps of the update, and check its keys. Exit 13 when anything is off."""
+    found = verification.verify(base, tuned, adapter, device=device)
+    record = {
+        "passed": found.passed,
+        "written_energy": found.written_energy,
+        "problems": found.problems,
+        "modules": [asdict(check) for check in found.modules],
+    }
+    _print(record) if json_output else _show_verification(found)
+    if not found.passed:
+        raise typer.Exit(13)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="A .bin, .pt, .pth or .ckpt file, or a folder with pytorch_model.bin.")
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A folder for model.safetensors.")],
+    json_output: Json = False,
+) -> None:
+    """Convert a pickled checkpoint to safetensors, in a process of its own that holds no credentials."""
+    done = conversion.convert(source, out)
+    if json_output:
+        _print(asdict(done))
+    else:
+        _out(f"{done.tensors} tensors, {size(done.nbytes)} → {done.out}/model.safetensors")
+        if done.dropped:
+            _out(f"{len(done.dropped)} entries are no tensors and were dropped: {', '.join(done.dropped[:5])}")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        _out(f"phlora-pipeline {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command; every expected error is two lines and an exit code."""
+    try:
+        app()
+    except PhloraError as error:
+        if "--json" in sys.argv:
+            _print({"error": error.what, "remedy": error.remedy, "exit_code": error.exit_code})
+        print(f"error: {error.what}", file=sys.stderr)
+        if error.remedy:
+            print(f"  fix: {error.remedy}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again: finished parts are kept", file=sys.stderr)
+        sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        print("error: this is a bug in phlora-pipeline; please report it with the lines above", file=sys.stderr)
+        sys.exit(1)
+
+
+def _show_result(result: ExtractResult) -> None:
+    summary = result.summary
+    if result.outcome == "nothing_to_adapt":
+        _out(
+            f"Nothing to adapt: no target tensor differs between the two checkpoints. The manifest is at {result.out}/energy.parquet"
+        )
+        return
+    if result.outcome == "exists":
+        _out("This adapter is there already, nothing was read:")
+    _out(
+        f"{result.out}  (rank {result.rank}, {size(result.adapter_bytes)}, {percent(result.adapter_bytes / result.checkpoint_bytes)} of the checkpoint)"
+    )
+    counts = {
+        "adapted": summary.adapted,
+        "unchanged": summary.unchanged,
+        "zero-filled": summary.zero_filled,
+        "left out": summary.skipped,
+        "failed": summary.failed,
+    }
+    _out("tensors: " + ", ".join(f"{number} {name}" for name, number in counts.items() if number))
+    known = ", ".join(
+        f"{percent(share)} at rank {rank}" for rank, share in summary.energy_at.items() if share is not None
+    )
+    _out(
+        f"energy of the update kept: {percent(summary.preserved_energy)} by the factors, {percent(summary.written_energy)} as written"
+        + (f" ({known})" if known else "")
+    )
+    _out(f"coverage: {percent(summary.coverage)} of ‖ΔW‖² lies in adapted tensors")
+    for reason, number, share in reasons(summary):
+        _out(f"  left out: {number} tensors, {percent(share, 2)} of ‖ΔW‖²: {reason}")
+
+
+def _plan_record(prepared: Prepared) -> dict[str, Any]:
+    made = prepared.plan
+    return {
+        "version": made.version,
+        "extraction_id": made.extraction_id,
+        "adapted": [{"tensor": pair.name, "kind": pair.kind, "shape": pair.shape} for pair in made.adapted],
+        "left_out": dict(made.left_out),
+        "unread": dict(made.unread),
+        "base_only": made.base_only,
+        "tasks": len(made.tasks),
+        "read_bytes": made.nbytes,
+        "flops": made.flops,
+        "worker_bytes": made.worker_bytes,
+        "adapter_parameters": made.adapter_parameters,
+        "rank": made.rank,
+        "written_rank": made.written_rank,
+        "warnings": made.warnings,
+    }
+
+
+def _show_plan(prepared: Prepared) -> None:
+    made = prepared.plan
+    table = Table("kind", "tensors", "entries", box=None)
+    kinds = sorted({pair.kind for pair in made.adapted})
+    for kind in kinds:
+        pairs = [pair for pair in made.adapted if pair.kind == kind]
+        table.add_row(kind, str(len(pairs)), f"{sum(pair.numel for pair in pairs):,}")
+    _out(
+        f"adapt {len(made.adapted)} tensors in {sum(task.block.purpose == 'factor' for task in made.tasks)} blocks, rank {made.written_rank}:"
+    )
+    Console().print(table)
+    grouped: dict[str, list[str]] = {}
+    for name, reason in {**made.left_out, **made.unread}.items():
+        grouped.setdefault(reason, []).append(name)
+    for reason, names in sorted(grouped.items(), key=lambda item: -len(item[1])):
+        _out(f"leave out {len(names)}: {reason} ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})")
+    _out(
+        f"read {size(made.nbytes)}, compute {made.flops / 1e12:.2f} TFLOP, {size(made.worker_bytes)} of memory per worker"
+    )
+    _out(f"write an adapter of {made.adapter_parameters:,} parameters")
+    for warning in made.warnings:
+        _out(f"warning: {warning}")
+
+
+def _show_verification(found: verification.Verification) -> None:
+    bad = [check for check in found.modules if check.problem]
+    for problem in found.problems:
+        _out(f"problem: {problem}")
+    if bad:
+        table = Table("module", "measured", "promised", "problem")
+        for check in bad:
+            table.add_row(
+                escape(check.module),
+                percent(check.written_energy, 4),
+                percent(check.promised, 4),
+                escape(check.problem),
+            )
+        Console().print(table)
+    state = "passed" if found.passed else "FAILED"
+    _out(
+        f"{state}: {len(found.modules)} modules, {percent(found.written_energy, 2)} of their update's energy is in the written bytes"
+    )
+
+
+def _print(record: dict[str, Any]) -> None:
+    print(json.dumps(record, indent=2, default=str))
+
+
+def _out(text: str) -> None:
+    print(text)

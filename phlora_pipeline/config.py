@@ -1,0 +1,93 @@
+"""What a user may set, validated once, at the edge; inside the package plain frozen values flow. The only home of pydantic."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from phlora_pipeline.errors import RequestError
+from phlora_pipeline.storage import normalize
+
+MAX_RANK = 512
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class RunConfig(BaseModel):
+    """One extraction: two checkpoints, a place for the result, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str = Field(description="the base checkpoint: a folder or one .safetensors file; a path or URL")
+    tuned: str = Field(description="the fine-tuned checkpoint")
+    out: str = Field(description="where the adapter goes: an empty or absent folder")
+    rank: int = Field(default=32, description="r of the adapter")
+    max_rank: int = Field(
+        default=0, description="singular values and vectors kept while computing; 0: the same as rank"
+    )
+    targets: Literal["all", "linear", "paper"] = "all"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    dialect: Literal["portable", "peft"] = "portable"
+    dtype: Dtype = "auto"
+    solver: Literal["exact"] = "exact"
+    base_name: str = Field(
+        default="", description="name of the base for servers: a hub id or a served name, never a path"
+    )
+    engine: Literal["auto", "local", "ray"] = "auto"
+    device: str = Field(default="auto", description="auto, cpu, cuda, or cuda:N")
+    workers: int = Field(default=0, ge=0, description="Ray workers; 0: as many as the devices or processors allow")
+    threads: int = Field(
+        default=0, ge=0, description="processor threads per worker, for both engines; 0: all, at most 8"
+    )
+    allow_partial: bool = False
+    overwrite: bool = False
+    force: bool = False
+    keep_parts: bool = False
+
+    @field_validator("base", "tuned", "out")
+    @classmethod
+    def _absolute(cls, url: str) -> str:
+        return normalize(url)
+
+    @field_validator("rank")
+    @classmethod
+    def _rank_in_range(cls, rank: int) -> int:
+        if not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"rank must be between 1 and {MAX_RANK}, got {rank}")
+        return rank
+
+    @field_validator("base_name")
+    @classmethod
+    def _not_a_path(cls, name: str) -> str:
+        if name.startswith(("/", ".", "~")) or "://" in name:
+            raise ValueError(f"the base's name must be a hub id or a served name, not a path: {name!r}")
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.max_rank == 0:
+            object.__setattr__(self, "max_rank", self.rank)
+        if not self.rank <= self.max_rank <= MAX_RANK:
+            raise ValueError(f"max_rank must be between rank ({self.rank}) and {MAX_RANK}, got {self.max_rank}")
+        for name in ("base", "tuned"):
+            source = getattr(self, name)
+            if self.out == source or self.out.startswith(source + "/"):
+                raise ValueError(f"the output {self.out} lies inside the {name} checkpoint {source}")
+        return self
+
+
+def run_config(**settings: object) -> RunConfig:
+    """A validated `RunConfig`.
+
+    Raises:
+        RequestError: a setting is unknown or wrong; names it in one line.
+    """
+    try:
+        return RunConfig.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        text = str(first["msg"]).removeprefix("Value error, ")
+        raise RequestError(f"{where}: {text}" if where else text, remedy="see phlora extract --help") from error

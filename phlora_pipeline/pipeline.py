@@ -1,0 +1,338 @@
+"""The recipe: open → plan → run → reduce → publish. Reads as the method; the work is one layer below."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from phlora_pipeline import adapter, driver, manifest, reducer, storage
+from phlora_pipeline.card import model_card
+from phlora_pipeline.checkpoint import Checkpoint, open_checkpoint
+from phlora_pipeline.config import RunConfig
+from phlora_pipeline.driver import Resources
+from phlora_pipeline.errors import ConflictError, ModelFailedError, PhloraError, RequestError
+from phlora_pipeline.extract import TaskReport, checked_device
+from phlora_pipeline.machine import available_memory, processors
+from phlora_pipeline.manifest import EnergyRow
+from phlora_pipeline.plan import NUMERICS_REVISION, Plan, PlanSettings, make_plan, require_fits
+from phlora_pipeline.reducer import FAR_FROM_BASE, NOT_A_FINE_TUNE, Reduction
+from phlora_pipeline.summary import Summary, summarize
+from phlora_pipeline.targets import Selection
+
+PARTS = "_parts"
+RUNS = "_runs"
+
+Outcome = Literal["committed", "exists", "nothing_to_adapt"]
+
+
+class Observer(Protocol):
+    """What a front end is told on the way."""
+
+    def planned(self, plan: Plan) -> None:
+        """The plan is made; tensors will be read now."""
+
+    def task_done(self, report: TaskReport) -> None:
+        """One task of the plan is done."""
+
+    def warn(self, text: str) -> None:
+        """Something that the user should know, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractResult:
+    """How an extraction ended.
+
+    Attributes:
+        outcome: `committed`; `exists`: the same adapter stood there already; `nothing_to_adapt`: the checkpoints are the same.
+        out: where it is.
+        version: the adapter's identity.
+        rank, written_rank: as asked for, and as written.
+        adapter_bytes: of `adapter_model.safetensors`' tensors.
+        checkpoint_bytes: of the fine-tune's tensors.
+        read_bytes: tensor bytes that this run read.
+        summary: the rows, summed up.
+        warnings: in words.
+    """
+
+    outcome: Outcome
+    out: str
+    version: str
+    rank: int
+    written_rank: int
+    adapter_bytes: int
+    checkpoint_bytes: int
+    read_bytes: int
+    summary: Summary
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Two opened checkpoints and the plan that they make."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    plan: Plan
+    base_name: str
+
+
+def plan(config: RunConfig) -> Prepared:
+    """Open both checkpoints and plan: reads headers only, writes nothing.
+
+    Raises:
+        RequestError: the pair, or a setting, is wrong.
+    """
+    base, tuned = open_checkpoint(config.base), open_checkpoint(config.tuned)
+    base_name = config.base_name or adapter.base_name_from(tuned.config) or adapter.base_name_from(base.config)
+    settings = PlanSettings(
+        selection=Selection(config.targets, config.include, config.exclude),
+        dialect=config.dialect,
+        rank=config.rank,
+        max_rank=config.max_rank,
+        solver=config.solver,
+        parts_url=storage.join(config.out, PARTS),
+        identity=(("dtype", config.dtype), ("base_name", base_name)),
+    )
+    return Prepared(base, tuned, make_plan(base, tuned, settings), base_name)
+
+
+def extract(config: RunConfig, observer: Observer) -> ExtractResult:
+    """One fine-tune → one adapter in `config.out`.
+
+    Raises:
+        RequestError: refused before anything was read, or because the pair is no fine-tune; nothing is published.
+        ModelFailedError: a tensor failed; the rows are under `_runs/`, no adapter is published.
+        PhloraError: storage, credentials, device, or a source that changed.
+    """
+    prepared = plan(config)
+    standing = _standing(config, prepared.plan)
+    if standing is not None:
+        return _result(
+            "exists" if adapter.CONFIG in standing else "nothing_to_adapt",
+            config,
+            prepared,
+            manifest.read(storage.join(config.out, reducer.MANIFEST)),
+            0,
+            0,
+        )
+    resources = _resources(config)
+    _require_room(config, prepared.plan)
+    run = Run.begin(config)
+    try:
+        result = _extract(config, prepared, resources, observer, run)
+    except PhloraError as error:
+        with contextlib.suppress(PhloraError):  # where storage itself is the error, there is no place to write it down
+            run.end({"outcome": "failed", "exit_code": error.exit_code, "error": error.what, "remedy": error.remedy})
+        raise
+    run.end({"outcome": result.outcome, "exit_code": 0, "version": result.version, "summary": result.summary.as_dict()})
+    return result
+
+
+def _extract(
+    config: RunConfig, prepared: Prepared, resources: Resources, observer: Observer, run: Run
+) -> ExtractResult:
+    plan = prepared.plan
+    for warning in plan.warnings:
+        observer.warn(warning)
+    observer.planned(plan)
+
+    def on_report(report: TaskReport) -> None:
+        run.reports.append(report)
+        observer.task_done(report)
+
+    engine = driver.engine(config.engine, config.device, len(plan.tasks))
+    lost = engine(plan.tasks, resources, on_report)
+    reduction = reducer.reduce(plan, lost, dtype=config.dtype, base=prepared.base, tuned=prepared.tuned)
+    warnings = [*plan.warnings, *_judge(reduction, config)]
+    for warning in warnings[len(plan.warnings) :]:
+        observer.warn(warning)
+    if reduction.failed and not config.allow_partial:
+        raise _failed(reduction, run, config)
+    outcome = _publish(config, prepared, reduction)
+    if not config.keep_parts:
+        reducer.drop_parts(plan)
+    read = sum(report.nbytes for report in run.reports)
+    return _result(outcome, config, prepared, reduction.rows, reduction.weight_bytes, read, warnings)
+
+
+def _publish(config: RunConfig, prepared: Prepared, reduction: Reduction) -> Outcome:
+    plan, names = (
+        prepared.plan,
+        {"model": storage.basename(config.tuned), "base": prepared.base_name or storage.basename(config.base)},
+    )
+    if config.overwrite:
+        reducer.unpublish(config.out)
+    if not reduction.layout.slots:
+        reducer.publish_manifest(config.out, reduction.rows, **names)
+        return "nothing_to_adapt"
+    reducer.publish(
+        config.out,
+        reduction,
+        plan,
+        config=adapter.adapter_config(
+            plan,
+            reduction.layout,
+            prepared.base_name,
+            [str(name) for name in prepared.tuned.config.get("architectures") or []],
+        ),
+        card=model_card(plan, reduction.rows, base_name=prepared.base_name, dtype=reduction.dtype),
+        run=_run_record(config, prepared, reduction),
+        **names,
+    )
+    return "committed"
+
+
+def _standing(config: RunConfig, plan: Plan) -> frozenset[str] | None:
+    """Files of this very adapter in `out`, None where there is none yet.
+
+    Raises:
+        ConflictError: another adapter, or somebody's files, stand there.
+    """
+    there = {storage.basename(info.url): info for info in storage.list_folder(config.out)}
+    ours = there.keys() & set(reducer.PUBLISHED)
+    if not ours or config.overwrite:
+        return None
+    if adapter.CONFIG in ours and reducer.RUN in ours:
+        if json.loads(storage.read_object(there[reducer.RUN], limit=1 << 20)).get("version") == plan.version:
+            return frozenset(ours)
+    elif ours == {reducer.MANIFEST}:
+        rows = manifest.read(there[reducer.MANIFEST].url)
+        if rows and rows[0].version == plan.version:
+            return frozenset(ours)
+    elif adapter.CONFIG not in ours and storage.list_folder(storage.join(config.out, PARTS, plan.extraction_id)):
+        return None  # this very extraction, interrupted while it published: its files will turn out the same
+    raise ConflictError(
+        f"{config.out} already holds another adapter or its files: {', '.join(sorted(ours))}",
+        remedy="choose another output folder, or pass --overwrite to replace them",
+    )
+
+
+def _judge(reduction: Reduction, config: RunConfig) -> list[str]:
+    """Is it a fine-tune at all? A wrong base must not publish garbage with exit 0."""
+    cosine = reduction.cosine
+    if cosine is None or cosine >= FAR_FROM_BASE:
+        return []
+    told = f"the median cosine of base and fine-tune is {cosine:.2f}"
+    if cosine < NOT_A_FINE_TUNE and not config.force:
+        raise RequestError(
+            f"this is not a fine-tune of this base: {told}; unrelated checkpoints give about 0, fine-tunes 0.9 and more",
+            remedy="give the right base, or pass --force if you know better",
+        )
+    return [f"{told}: far for a fine-tune; is it the right base?"]
+
+
+def _failed(reduction: Reduction, run: Run, config: RunConfig) -> ModelFailedError:
+    reducer.publish_manifest(
+        run.url, reduction.rows, model=storage.basename(config.tuned), base=storage.basename(config.base)
+    )
+    first = reduction.failed[0]
+    return ModelFailedError(
+        f"{len(reduction.failed)} of {len(reduction.rows)} tensors failed, no adapter is published; {first.tensor}: {first.reason}",
+        remedy=f"all rows are in {storage.join(run.url, reducer.MANIFEST)}; mend the checkpoint, or publish without these tensors: --allow-partial",
+    )
+
+
+def _resources(config: RunConfig) -> Resources:
+    if config.engine != "ray":
+        checked_device(config.device)
+    return Resources(config.device, config.threads or min(processors(), 8), config.workers)
+
+
+def _require_room(config: RunConfig, plan: Plan) -> None:
+    if config.engine != "ray":
+        require_fits(plan, available_memory())
+    storage.require_writable(config.out)
+    needed, free = plan.part_bytes + 4 * plan.adapter_parameters, storage.free_bytes(config.out)
+    if free is not None and free < needed:
+        raise RequestError(
+            f"no room: parts and adapter need up to {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free at {config.out}",
+            remedy="free some space, or choose another output folder",
+        )
+
+
+def _result(
+    outcome: Outcome,
+    config: RunConfig,
+    prepared: Prepared,
+    rows: Sequence[EnergyRow],
+    adapter_bytes: int,
+    read: int,
+    warnings: Sequence[str] = (),
+) -> ExtractResult:
+    plan = prepared.plan
+    if outcome == "exists":
+        info = storage.stat(storage.join(config.out, adapter.WEIGHTS))
+        adapter_bytes = info.size if info else 0
+    return ExtractResult(
+        outcome,
+        config.out,
+        plan.version,
+        plan.rank,
+        plan.written_rank,
+        adapter_bytes,
+        prepared.tuned.nbytes,
+        read,
+        summarize(rows),
+        tuple(warnings),
+    )
+
+
+def _run_record(config: RunConfig, prepared: Prepared, reduction: Reduction) -> dict[str, Any]:
+    """`run.json`: what decided the adapter's bytes, and nothing that differs between two runs that give the same."""
+    deciding = ("rank", "max_rank", "targets", "include", "exclude", "dialect", "dtype", "solver")
+    settings = config.model_dump(mode="json", include=set(deciding))
+    return {
+        "version": prepared.plan.version,
+        "extraction_id": prepared.plan.extraction_id,
+        "numerics_revision": NUMERICS_REVISION,
+        "settings": settings,
+        "written": {"rank": prepared.plan.written_rank, "dtype": reduction.dtype, "base_name": prepared.base_name},
+        "sources": {
+            "base": {"url": config.base, "fingerprint": prepared.base.fingerprint},
+            "tuned": {"url": config.tuned, "fingerprint": prepared.tuned.fingerprint},
+        },
+        "summary": summarize(reduction.rows).as_dict(),
+    }
+
+
+@dataclass(slots=True)
+class Run:
+    """One execution's own folder, `<out>/_runs/<id>`: what was asked, what happened, how it ended."""
+
+    url: str
+    reports: list[TaskReport]
+    began: dt.datetime
+
+    @classmethod
+    def begin(cls, config: RunConfig) -> Run:
+        """Write the resolved request; being the run's first write, it finds out whether writing is allowed."""
+        began = dt.datetime.now(dt.UTC)
+        run = cls(storage.join(config.out, RUNS, f"{began:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"), [], began)
+        run._put("request.json", config.model_dump(mode="json"))
+        return run
+
+    def end(self, result: Mapping[str, Any]) -> None:
+        """Write one line per task, and how the run ended."""
+        seconds = (dt.datetime.now(dt.UTC) - self.began).total_seconds()
+        lines = [json.dumps({"event": "task", **_as_json(report)}) for report in self.reports]
+        storage.put_new(storage.join(self.url, "events.jsonl"), "".join(f"{line}\n" for line in lines).encode())
+        self._put("result.json", {**result, "seconds": round(seconds, 3), "tasks": len(self.reports)})
+
+    def _put(self, name: str, document: Mapping[str, Any]) -> None:
+        storage.put_new(storage.join(self.url, name), (json.dumps(document, indent=2) + "\n").encode())
+
+
+def _as_json(report: TaskReport) -> dict[str, Any]:
+    return {
+        "block": report.block_id,
+        "tensors": report.tensors,
+        "bytes": report.nbytes,
+        "seconds": round(report.seconds, 4),
+        "failed": list(report.failed),
+        "reused": report.reused,
+    }

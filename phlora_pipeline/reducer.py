@@ -1,0 +1,266 @@
+"""Parts → rows, adapter and manifest; the order in which they are published is the commit.
+
+Weights, then the manifest, the card and `run.json`, then `adapter_config.json`: no loader opens a folder without the last
+one, so what can be opened is whole. Nothing is overwritten; a file that is there with the same bytes counts as written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from phlora_pipeline import adapter, lowrank, manifest, parts, safetensors_format, storage, targets
+from phlora_pipeline.adapter import Layout, Slot
+from phlora_pipeline.checkpoint import Checkpoint, TensorRef
+from phlora_pipeline.errors import ConflictError, RequestError
+from phlora_pipeline.manifest import EnergyRow
+from phlora_pipeline.parts import Part, TensorResult
+from phlora_pipeline.plan import Plan
+
+MANIFEST = "energy.parquet"
+CARD = "README.md"
+RUN = "run.json"
+PUBLISHED = (adapter.WEIGHTS, MANIFEST, CARD, RUN, adapter.CONFIG)
+"""In the order of publication."""
+
+NOT_A_FINE_TUNE = 0.3
+FAR_FROM_BASE = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """What the parts add up to.
+
+    Attributes:
+        rows: one per tensor of the fine-tune, by name.
+        layout: of the adapter; without slots where nothing changed.
+        dtype: of the adapter: `float32`, `bfloat16` or `float16`.
+        cosine: energy-weighted median over the matrices of the cosine of W_base and W_tuned; None without matrices.
+        sources: tensor → the part that holds its factors.
+    """
+
+    rows: tuple[EnergyRow, ...]
+    layout: Layout
+    dtype: str
+    cosine: float | None
+    sources: Mapping[str, Part]
+
+    @property
+    def failed(self) -> tuple[EnergyRow, ...]:
+        """Rows of tensors that could not be done."""
+        return tuple(row for row in self.rows if row.status == "failed")
+
+    @property
+    def changed(self) -> bool:
+        """Whether the fine-tune differs from the base in any tensor that can be compared."""
+        return any(row.delta_norm for row in self.rows)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the adapter's tensors."""
+        name = adapter.DTYPES[self.dtype][0]
+        return sum(safetensors_format.tensor_bytes(name, slot.shape) for slot in self.layout.slots)
+
+
+def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint, tuned: Checkpoint) -> Reduction:
+    """Read the parts' headers and factors, and work out every row.
+
+    Args:
+        plan: whose parts.
+        lost: block id → reason, for tasks that could not be done; they have no part.
+        dtype: of the adapter, or `auto`.
+        base, tuned: the checkpoints' headers.
+
+    Raises:
+        RequestError: a factor overflows the adapter's dtype.
+    """
+    results: dict[str, TensorResult] = {}
+    sources: dict[str, Part] = {}
+    for task in plan.tasks:
+        if task.block.id in lost:
+            results |= {
+                pair.name: TensorResult(pair.name, "failed", reason=lost[task.block.id]) for pair in task.block.pairs
+            }
+            continue
+        part = parts.load(task.part_url)
+        results |= part.results
+        sources |= {name: part for name, result in part.results.items() if result.status == "factored"}
+    layout = adapter.make_layout(plan, frozenset(sources))
+    picked = adapter.pick_dtype(dtype, plan.adapted)
+    rows = []
+    for name, ref in sorted(tuned.tensors.items()):
+        row = _blank_row(plan, ref, base.tensors.get(name))
+        if name in results:
+            row = _measured_row(row, results[name], plan, layout)
+        if name in sources:
+            row = _adapted_row(row, results[name], sources[name], plan, adapter.DTYPES[picked][1])
+        rows.append(row)
+    return Reduction(tuple(rows), layout, picked, _median_cosine(results.values(), tuned), sources)
+
+
+def publish(
+    out: str,
+    reduction: Reduction,
+    plan: Plan,
+    *,
+    config: dict[str, object],
+    card: str,
+    run: dict[str, object],
+    model: str,
+    base: str,
+) -> None:
+    """Put the adapter's files, `adapter_config.json` last.
+
+    Raises:
+        ConflictError: another file stands where one of these should go.
+    """
+    header, tensors = weights(reduction, plan)
+
+    def body() -> Iterator[bytes]:
+        yield header
+        yield from tensors()
+
+    _put(
+        out,
+        adapter.WEIGHTS,
+        storage.put_new(storage.join(out, adapter.WEIGHTS), body, size=len(header) + reduction.weight_bytes),
+    )
+    publish_manifest(out, reduction.rows, model=model, base=base)
+    for name, text in ((CARD, card), (RUN, _json(run)), (adapter.CONFIG, _json(config))):
+        _put(out, name, storage.put_new(storage.join(out, name), text.encode()))
+
+
+def publish_manifest(out: str, rows: Sequence[EnergyRow], *, model: str, base: str) -> None:
+    """Put the manifest alone: all there is to say where nothing changed, or where something failed."""
+    _put(out, MANIFEST, storage.put_new(storage.join(out, MANIFEST), manifest.to_parquet(rows, model=model, base=base)))
+
+
+def unpublish(out: str) -> None:
+    """Remove an adapter, its config first, so that no loader ever sees half of it."""
+    for name in reversed(PUBLISHED):
+        storage.delete(storage.join(out, name))
+
+
+def drop_parts(plan: Plan) -> None:
+    """Remove the parts of a plan whose adapter stands."""
+    for task in plan.tasks:
+        storage.delete(task.part_url)
+    if plan.tasks:
+        folder = plan.tasks[0].part_url.rpartition("/")[0]
+        storage.drop_empty_folder(folder)
+        storage.drop_empty_folder(folder.rpartition("/")[0])
+
+
+def weights(reduction: Reduction, plan: Plan) -> tuple[bytes, parts.Body]:
+    """`adapter_model.safetensors`: its first bytes, and a producer of the rest that holds one tensor at a time."""
+    name, dtype = adapter.DTYPES[reduction.dtype]
+    slots = reduction.layout.slots
+    header = safetensors_format.build_header({slot.key: (name, slot.shape) for slot in slots}, {"format": "pt"})
+
+    def tensors() -> Iterator[bytes]:
+        for slot in slots:
+            yield from parts.tensor_chunks(adapter.fill(slot, _factor(slot, reduction), plan.rank, dtype))
+
+    return header, tensors
+
+
+def _factor(slot: Slot, reduction: Reduction) -> torch.Tensor | None:
+    return None if slot.tensor is None else parts.read_factor(reduction.sources[slot.tensor], slot.side, slot.tensor)
+
+
+def _blank_row(plan: Plan, ref: TensorRef, base: TensorRef | None) -> EnergyRow:
+    return EnergyRow(
+        plan.version, ref.name, targets.module_of(ref.name), targets.kind_of(ref.name, ref.shape), ref.shape,
+        base.dtype if base else "", ref.dtype, status="skipped", reason=plan.unread.get(ref.name, ""),
+    )  # fmt: skip
+
+
+def _measured_row(row: EnergyRow, result: TensorResult, plan: Plan, layout: Layout) -> EnergyRow:
+    if result.status == "failed":
+        return replace(row, status="failed", reason=result.reason)
+    changed = result.delta_sq > 0
+    filled = row.module in layout.zero_filled
+    status: manifest.Status = "zero_filled" if filled else "skipped" if changed else "unchanged"
+    reason = plan.left_out.get(row.tensor, "") if changed else "no entry differs" if filled else ""
+    if plan.tied and row.module == plan.tied[1]:
+        status = "adapted"
+    return replace(
+        row,
+        status=status,
+        reason=reason,
+        delta_norm=math.sqrt(result.delta_sq),
+        relative_change=math.sqrt(result.delta_sq / result.base_sq) if result.base_sq else None,
+        cosine=_cosine(result),
+    )
+
+
+def _adapted_row(row: EnergyRow, result: TensorResult, part: Part, plan: Plan, dtype: torch.dtype) -> EnergyRow:
+    d, k = row.shape
+    values = result.singular_values
+    rank = min(plan.rank, d, k)
+    dropped_sq = result.residual_sq + math.fsum(value * value for value in values[rank:])
+    lost_sq = dropped_sq + _rounding_sq(row.tensor, part, rank, dtype)
+    return replace(
+        row,
+        status="adapted",
+        reason="",
+        rank=rank,
+        preserved_energy=lowrank.preserved_energy(values, result.delta_sq, rank),
+        written_energy=1 - lost_sq / result.delta_sq,
+        singular_values=values,
+        energy_at={r: lowrank.preserved_energy(values, result.delta_sq, min(r, d, k)) for r in lowrank.ENERGY_RANKS},
+        solver=result.solver,
+    )
+
+
+def _rounding_sq(name: str, part: Part, rank: int, dtype: torch.dtype) -> float:
+    """What rounding the factors to the adapter's dtype adds to the squared residual.
+
+    The exact residual is orthogonal to the factors' row and column spaces, so the two parts add up; the cross term that
+    is left is of second order in the rounding. `phlora verify` measures the sum from the written bytes.
+    """
+    A = adapter.cut(parts.read_factor(part, "A", name), "A", rank)
+    B = adapter.cut(parts.read_factor(part, "B", name), "B", rank)
+    A_written, B_written = adapter.round_factor(A, dtype), adapter.round_factor(B, dtype)
+    if not (torch.isfinite(A_written).all() and torch.isfinite(B_written).all()):
+        raise RequestError(
+            f"the factors of {name} overflow {str(dtype).removeprefix('torch.')}",
+            remedy="use --dtype bfloat16 or --dtype float32",
+        )
+    return lowrank.rounding_error_sq(A, B, A_written, B_written)
+
+
+def _cosine(result: TensorResult) -> float | None:
+    scale = math.sqrt(result.base_sq) * math.sqrt(result.tuned_sq)
+    if not scale:
+        return None
+    return max(-1.0, min(1.0, (result.base_sq + result.tuned_sq - result.delta_sq) / (2 * scale)))
+
+
+def _median_cosine(results: Iterable[TensorResult], tuned: Checkpoint) -> float | None:
+    """Median over the matrices, each weighted by its energy ‖W_base‖_F²: a wrong base gives about 0, a fine-tune about 1."""
+    matrices = (result for result in results if len(tuned.tensors[result.name].shape) >= 2)
+    weighted = sorted((cosine, result.base_sq) for result in matrices if (cosine := _cosine(result)) is not None)
+    half = math.fsum(weight for _, weight in weighted) / 2
+    seen = 0.0
+    for cosine, weight in weighted:
+        seen += weight
+        if seen >= half:
+            return cosine
+    return None
+
+
+def _put(out: str, name: str, outcome: storage.PutOutcome) -> None:
+    if outcome == "different":
+        raise ConflictError(
+            f"{storage.join(out, name)} is there already, with other content",
+            remedy="choose another output folder, or pass --overwrite",
+        )
+
+
+def _json(document: dict[str, object]) -> str:
+    return json.dumps(document, indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,160 @@
+"""Local files: identity by size, mtime and inode; creation by a temporary file, fsync and a hard link."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+
+from phlora_pipeline.errors import NotFoundError, PhloraError, RequestError, SourceChangedError, StorageError
+from phlora_pipeline.storage.base import ByteRange, Chunks, ObjectInfo, PutOutcome
+
+
+class LocalStore:
+    """Files of this machine, or of a file system that all workers share."""
+
+    piece_bytes = 64 << 20
+
+    def list_folder(self, url: str) -> list[ObjectInfo]:
+        with _errors(url):
+            try:
+                entries = sorted(os.scandir(url), key=lambda entry: entry.name)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+            return [_info(entry.path, entry.stat()) for entry in entries if entry.is_file()]
+
+    def stat(self, url: str) -> ObjectInfo | None:
+        with _errors(url):
+            try:
+                found = os.stat(url)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            return _info(url, found) if os.path.isfile(url) else None
+
+    def read_into(self, piece: ByteRange) -> None:
+        with _errors(piece.url):
+            descriptor = os.open(piece.url, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                _read_fully(descriptor, piece)
+                # After the read: whatever was written in place meanwhile has moved the mtime.
+                seen = _etag(os.fstat(descriptor))
+            finally:
+                os.close(descriptor)
+        if piece.etag and seen != piece.etag:
+            raise changed(piece.url, piece.etag, seen)
+
+    def put_new(self, url: str, chunks: Chunks, size: int) -> PutOutcome:
+        folder, name = os.path.split(url)
+        temporary = os.path.join(folder, f".{name}.{secrets.token_hex(6)}.tmp")
+        with _errors(url):
+            os.makedirs(folder, exist_ok=True)
+            try:
+                _write_durably(temporary, chunks)
+                os.link(temporary, url)
+            except FileExistsError:
+                return "same" if _equal(url, chunks, size) else "different"
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+            _sync_folder(folder)
+        return "created"
+
+    def delete(self, url: str) -> None:
+        with _errors(url), contextlib.suppress(FileNotFoundError):
+            os.unlink(url)
+
+    def drop_empty_folder(self, url: str) -> None:
+        # Not there, or not empty: both are fine.
+        with contextlib.suppress(OSError):
+            os.rmdir(url)
+
+    def require_writable(self, url: str) -> None:
+        existing = _existing_parent(url)
+        if not os.path.isdir(existing):
+            raise RequestError(f"{existing} is a file, not a folder", remedy="choose another output folder")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise RequestError(
+                f"no permission to write in {existing}",
+                remedy="choose another output folder, or change its owner or mode",
+            )
+
+    def free_bytes(self, url: str) -> int | None:
+        return shutil.disk_usage(_existing_parent(url)).free
+
+
+def changed(url: str, planned: str, seen: str) -> SourceChangedError:
+    """The error of every store for an object that was replaced since it was planned."""
+    return SourceChangedError(
+        f"{url} was replaced while it was being read: planned {planned!r}, found {seen!r}",
+        remedy="run again once the upload is complete",
+    )
+
+
+def _etag(found: os.stat_result) -> str:
+    return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ino}"
+
+
+def _info(path: str, found: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(path, found.st_size, _etag(found))
+
+
+def _existing_parent(path: str) -> str:
+    while not os.path.exists(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def _read_fully(descriptor: int, piece: ByteRange) -> None:
+    done = 0
+    while done < len(piece.into):
+        count = os.preadv(descriptor, [piece.into[done:]], piece.start + done)
+        if count == 0:
+            raise changed(piece.url, f"at least {piece.start + len(piece.into)} bytes", f"{piece.start + done} bytes")
+        done += count
+
+
+def _write_durably(path: str, chunks: Chunks) -> None:
+    with open(path, "xb") as file:
+        file.writelines(chunks())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _equal(path: str, chunks: Chunks, size: int) -> bool:
+    if os.stat(path).st_size != size:
+        return False
+    with open(path, "rb") as file:
+        return all(file.read(len(chunk)) == chunk for chunk in chunks())
+
+
+@contextlib.contextmanager
+def _errors(url: str) -> Iterator[None]:
+    """Turn the operating system's errors into ours, once, at the border."""
+    try:
+        yield
+    except PhloraError:
+        raise
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{url} is not there") from error
+    except PermissionError as error:
+        raise RequestError(
+            f"no permission: {error.strerror}: {url}", remedy="check the owner and mode of the path"
+        ) from error
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise StorageError(
+                f"no space left on the device while writing {url}",
+                remedy="free some space, then run again: finished parts are kept",
+            ) from error
+        raise StorageError(f"{url}: {error.strerror or error}") from error

@@ -1,0 +1,42 @@
+"""URLs and local paths, in one form: pure string work."""
+
+from __future__ import annotations
+
+import os
+
+from phlora_pipeline.errors import RequestError
+
+
+def scheme(url: str) -> str:
+    """`s3` of `s3://bucket/key`; `file` for a local path.
+
+    >>> scheme("s3://models/base"), scheme("/models/base")
+    ('s3', 'file')
+    """
+    head, separator, _ = url.partition("://")
+    return head.lower() if separator else "file"
+
+
+def normalize(url: str) -> str:
+    """An absolute URL without a trailing slash: a relative path means nothing to a worker elsewhere.
+
+    >>> normalize("s3://models/base/"), normalize("file:///models/base")
+    ('s3://models/base', '/models/base')
+    """
+    if not url or "\0" in url:
+        raise RequestError(
+            f"not a path or URL: {url!r}", remedy="give a local path, s3://bucket/prefix, or another fsspec URL"
+        )
+    if scheme(url) == "file":
+        return os.path.abspath(url.removeprefix("file://"))
+    return url.rstrip("/")
+
+
+def join(folder: str, *names: str) -> str:
+    """`folder/name/…`, for a local path or a URL."""
+    return "/".join([folder.rstrip("/") or "", *names])
+
+
+def basename(url: str) -> str:
+    """The last component."""
+    return url.rstrip("/").rpartition("/")[2]

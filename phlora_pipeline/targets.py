@@ -1,0 +1,240 @@
+"""Which tensors are adapted: from a tensor's name and shape to its module, kind and orientation. Pure.
+
+Kinds come from names and shapes, as the field has come to spell them, not from a table per architecture; what *servers*
+take for a kind comes from `servers.toml`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+Kind = Literal[
+    "attention", "mlp", "expert", "router", "embedding", "lm_head", "linear", "conv", "norm", "bias", "other"
+]
+Targets = Literal["all", "linear", "paper"]
+Dialect = Literal["portable", "peft"]
+
+MATRIX_KINDS: frozenset[Kind] = frozenset({"attention", "mlp", "expert", "router", "embedding", "lm_head", "linear"})
+_TARGET_KINDS: dict[Targets, frozenset[Kind]] = {
+    "all": MATRIX_KINDS,
+    "linear": MATRIX_KINDS - {"embedding", "lm_head"},
+    "paper": frozenset({"attention", "mlp", "expert"}),  # the paper's Appendix B
+}
+
+_EMBEDDING = re.compile(r"^(embed_tokens|embed_positions|embed(ding)?s?|wte|wpe|shared)$|_embeddings?$")
+_HEAD = re.compile(r"^(lm_head|embed_out|output_projection)$")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_ROUTER = re.compile(r"\.(gate|router|shared_expert_gate)$")
+_NORM = re.compile(r"(norm\w*|(^|_)ln(_\w+)?\d*)$", re.IGNORECASE)
+_ATTENTION = re.compile(
+    r"(^|\.)(self_?attn\w*|\w*attention\w*|attn\w*|mixer)\.|(^|\.)([qkvo]_proj|qkv(_proj)?|query_key_value|w[qkvo]|W_pack|query|key|value)$"
+)
+_MLP = re.compile(
+    r"(^|\.)(mlp|feed_?forward|ffn?|intermediate|block_sparse_moe|shared_expert)\.|(^|\.)(gate_proj|up_proj|down_proj|gate_up_proj|fc\d|w[123]|lin[12]|dense_\w+)$|\.layers?\.\d+\.output\.dense$"
+)
+
+# A server fuses these at load: where one of a group is adapted, the others must have a pair too.
+_FAMILIES = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("w1", "w3"),
+)
+_EXPERT_FAMILIES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w2", "w3"))
+
+
+def module_of(name: str) -> str:
+    """A tensor's module, in PEFT's meaning: its name without `.weight`.
+
+    >>> module_of("model.layers.0.self_attn.q_proj.weight")
+    'model.layers.0.self_attn.q_proj'
+    """
+    return name.removesuffix(".weight")
+
+
+def kind_of(name: str, shape: Sequence[int]) -> Kind:
+    """What kind of layer a tensor belongs to.
+
+    >>> kind_of("model.layers.0.self_attn.q_proj.weight", (64, 64)), kind_of("lm_head.weight", (1000, 64))
+    ('attention', 'lm_head')
+    """
+    if name.endswith((".bias", "_bias")):
+        return "bias"
+    module = module_of(name)
+    leaf = module.rpartition(".")[2]
+    if len(shape) < 2:
+        return "norm" if _NORM.search(leaf) else "other"
+    if not name.endswith(".weight"):
+        return "other"
+    if len(shape) > 2:
+        return "conv" if len(shape) <= 5 else "other"
+    return _matrix_kind(module, leaf)
+
+
+def _matrix_kind(module: str, leaf: str) -> Kind:
+    if _HEAD.match(leaf):
+        return "lm_head"
+    if _EMBEDDING.search(leaf):
+        return "embedding"
+    if _EXPERT.search(module):
+        return "expert"
+    if _ROUTER.search(module):
+        return "router"
+    if _ATTENTION.search(module):
+        return "attention"
+    return "mlp" if _MLP.search(module) else "linear"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerRules:
+    """What the dialect's servers take of one model type.
+
+    Attributes:
+        model_type: as in `config.json`; may be unknown or empty.
+        kinds: kinds of modules that every server of the dialect applies.
+        listed: whether `servers.toml` knows the type.
+        max_rows: most rows of an adapted embedding or lm_head, or None.
+        rank_grid: ranks that are written, smallest first; empty where any is.
+        tied_embeddings: whether a tied pair may carry its delta on both ends.
+    """
+
+    model_type: str
+    kinds: frozenset[Kind]
+    listed: bool
+    max_rows: int | None
+    rank_grid: tuple[int, ...]
+    tied_embeddings: bool
+
+
+def server_rules(model_type: str, dialect: Dialect) -> ServerRules:
+    """Rules of a dialect for a model type, from `servers.toml`. PEFT takes every matrix at any rank."""
+    document = _servers()
+    if dialect == "peft":
+        return ServerRules(model_type, MATRIX_KINDS, listed=True, max_rows=None, rank_grid=(), tied_embeddings=True)
+    known = document["types"].get(model_type)
+    rules = known or document["default"]
+    return ServerRules(
+        model_type, frozenset(rules["kinds"]), known is not None, document["max_vocabulary"], tuple(document["rank_grid"]), rules.get("tied_embeddings", False)
+    )  # fmt: skip
+
+
+def is_transposed(module: str, model_type: str) -> bool:
+    """Whether the checkpoint stores this matrix as (in, out), as transformers' `Conv1D` does."""
+    return module.rpartition(".")[2] in _servers()["types"].get(model_type, {}).get("transposed", ())
+
+
+def written_rank(rank: int, grid: Sequence[int]) -> int:
+    """The rank that is written: the next of the grid, or `rank` itself where there is none.
+
+    >>> written_rank(20, (1, 8, 16, 32)), written_rank(20, ())
+    (32, 20)
+    """
+    return next((step for step in grid if step >= rank), rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What the user wants adapted.
+
+    Attributes:
+        targets: a named set of kinds.
+        include, exclude: globs on tensor or module names. With `include`, only what matches is adapted, whatever its kind of matrix.
+    """
+
+    targets: Targets = "all"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def excludes(self, name: str) -> bool:
+        """Whether `--exclude` names the tensor."""
+        return any(_matches(name, pattern) for pattern in self.exclude)
+
+    def refusal(self, name: str, kind: Kind) -> str:
+        """Why a matrix is not adapted by the user's choice; empty where it is."""
+        if self.excludes(name):
+            return "excluded by --exclude"
+        if self.include:
+            return "" if any(_matches(name, pattern) for pattern in self.include) else "not named by --include"
+        return "" if kind in _TARGET_KINDS[self.targets] else f"--targets {self.targets} leaves out kind {kind}"
+
+
+def server_refusal(kind: Kind, shape: Sequence[int], rules: ServerRules) -> str:
+    """Why the dialect's servers would not take a matrix; empty where they do."""
+    if kind not in rules.kinds:
+        who = f"model type {rules.model_type!r}" if rules.listed else f"the unlisted model type {rules.model_type!r}"
+        return f"not every server takes kind {kind} of {who}; --for peft adapts it"
+    if kind in {"embedding", "lm_head"} and rules.max_rows is not None and shape[0] > rules.max_rows:
+        return f"servers take at most {rules.max_rows} rows, this has {shape[0]}; --for peft adapts it"
+    return ""
+
+
+def shape_refusal(shape: Sequence[int], kind: Kind, dtype: str) -> str:
+    """Why a tensor cannot be a LoRA target at all; empty where it can."""
+    if kind in {"norm", "bias"}:
+        return f"a {kind} has no low-rank form"
+    if kind == "conv":
+        return f"{len(shape)}-D weights (convolutions, fused experts) are not adapted yet"
+    if kind == "other" or len(shape) != 2:
+        return "not the 2-D weight of a module"
+    if dtype not in {"F64", "F32", "F16", "BF16"}:
+        return f"stored as {dtype}: quantised weights are not dequantised yet"
+    if 0 in shape:
+        return f"empty: shape {list(shape)}"
+    return ""
+
+
+def families(modules: Iterable[str], adapted: frozenset[str]) -> frozenset[str]:
+    """Modules that need a zero pair so that every family of which one member is adapted is whole.
+
+    Families, as servers fuse and stack them: the same module in every layer, q/k/v, gate/up, and all experts with all
+    their projections.
+
+    Args:
+        modules: every matrix module of the checkpoint.
+        adapted: those that carry a delta.
+    """
+    whole = {_family_type(module) for module in adapted}
+    whole |= {relative for kind_type in whole for relative in _relatives(kind_type)}
+    return frozenset(module for module in modules if module not in adapted and _family_type(module) in whole)
+
+
+def _family_type(module: str) -> str:
+    """The module's path with every layer and expert number taken out."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module)
+
+
+def _relatives(kind_type: str) -> list[str]:
+    parent, _, leaf = kind_type.rpartition(".")
+    groups = _EXPERT_FAMILIES if ".experts." in kind_type else _FAMILIES
+    return [f"{parent}.{other}" for group in groups if leaf in group for other in group]
+
+
+def target_modules(adapted: frozenset[str], modules: Sequence[str]) -> list[str]:
+    """`target_modules` as a list that PEFT's suffix match reads as exactly `adapted`.
+
+    A last path component stands for all its modules where every module of that name is adapted; the others are named in
+    full, since a suffix would also match a vision tower or a pooler.
+
+    >>> target_modules(frozenset({"a.0.q", "a.1.q", "a.0.dense"}), ["a.0.q", "a.1.q", "a.0.dense", "pooler.dense"])
+    ['a.0.dense', 'q']
+    """
+    others = {module.rpartition(".")[2] for module in modules if module not in adapted}
+    # A component that is itself a suffix of another's path is safe: PEFT matches whole components only.
+    return sorted({leaf if (leaf := module.rpartition(".")[2]) not in others else module for module in adapted})
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(module_of(name), pattern)
+
+
+@cache
+def _servers() -> dict[str, Any]:
+    return tomllib.loads(resources.files("phlora_pipeline").joinpath("servers.toml").read_text())

@@ -1,0 +1,236 @@
+"""Is an adapter what it claims to be? Measured from the written bytes, against both checkpoints, one module at a time.
+
+Loaders do not ask: PEFT drops keys that fit no module without a word, vLLM serves the base model for a wrong path. So
+the key sets are compared here, as PEFT's own matching would, and the energy of each pair is measured anew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from phlora_pipeline import adapter, lowrank, manifest, storage, targets
+from phlora_pipeline.checkpoint import Checkpoint, TensorRef, open_checkpoint, open_file, read_tensors
+from phlora_pipeline.errors import NotFoundError, RequestError
+from phlora_pipeline.manifest import EnergyRow
+
+TOLERANCE = 1e-4
+"""How far the measured energy may be from the manifest's: well above rounding, well below anything that matters."""
+
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.(?:(?P<embedding>lora_embedding_[AB])|(?P<linear>lora_[AB])\.weight)"
+)
+_SMALL = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleCheck:
+    """One module of the adapter.
+
+    Attributes:
+        module: in the base.
+        written_energy: 1 − ‖ΔW − s·BA‖²/‖ΔW‖² as measured; None where ΔW = 0.
+        promised: what the manifest says; None where it says nothing.
+        problem: in words; empty where all is well.
+    """
+
+    module: str
+    written_energy: float | None
+    promised: float | None
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The checks of every module, and what is wrong with the adapter as a whole."""
+
+    modules: tuple[ModuleCheck, ...]
+    problems: tuple[str, ...]
+    written_energy: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing at all is wrong."""
+        return not self.problems and not any(check.problem for check in self.modules)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    down: TensorRef
+    up: TensorRef
+    embedding: bool
+
+
+def verify(
+    base_url: str, tuned_url: str, adapter_url: str, *, tolerance: float = TOLERANCE, device: str = "cpu"
+) -> Verification:
+    """Check an adapter against its two checkpoints.
+
+    Args:
+        base_url, tuned_url: the checkpoints.
+        adapter_url: a PEFT folder; `energy.parquet` beside the weights, where there is one, is held to its word.
+        tolerance: of the difference between measured and promised energy.
+        device: where to multiply.
+
+    Raises:
+        RequestError: one of the three cannot be read as what it should be.
+    """
+    base, tuned = open_checkpoint(base_url), open_checkpoint(tuned_url)
+    folder = storage.normalize(adapter_url)
+    config = _config(folder)
+    scale = _scale(config, folder)
+    tensors, _ = open_file(storage.join(folder, adapter.WEIGHTS))
+    pairs, problems = _pairs(tensors)
+    promised = _promises(folder)
+    problems += _key_problems(pairs, config, base, promised)
+    measured = [
+        _check(module, pair, base, tuned, promised.get(module), scale, tolerance, torch.device(device))
+        for module, pair in sorted(pairs.items())
+    ]
+    kept, total = math.fsum(kept for _, kept, _ in measured), math.fsum(total for _, _, total in measured)
+    return Verification(tuple(check for check, _, _ in measured), tuple(problems), kept / total if total else None)
+
+
+def _config(folder: str) -> dict[str, Any]:
+    info = storage.stat(storage.join(folder, adapter.CONFIG))
+    if info is None:
+        raise NotFoundError(
+            f"there is no adapter at {folder}: {adapter.CONFIG} is missing",
+            remedy="give the folder that phlora extract wrote",
+        )
+    try:
+        config = json.loads(storage.read_object(info, limit=_SMALL))
+    except ValueError as error:
+        raise RequestError(f"{info.url} is not JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise RequestError(f"{info.url} is not the config of a LoRA adapter")
+    return config
+
+
+def _scale(config: Mapping[str, Any], folder: str) -> float:
+    for name in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save"):
+        if config.get(name):
+            raise RequestError(
+                f"{folder} uses {name}, which verify does not measure",
+                remedy="verify adapters of one rank, as phlora extract writes them",
+            )
+    r = int(config["r"])
+    return float(config["lora_alpha"]) / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def _pairs(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, _Pair], list[str]]:
+    sides: dict[str, dict[str, TensorRef]] = {}
+    problems = []
+    for key, ref in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            problems.append(f"unexpected key {key!r}: no loader knows what to do with it")
+        else:
+            sides.setdefault(match["module"], {})[match["embedding"] or match["linear"]] = ref
+    pairs = {}
+    for module, found in sides.items():
+        if set(found) in ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"}):
+            down, up = (found[name] for name in sorted(found))
+            pairs[module] = _Pair(down, up, embedding="lora_embedding_A" in found)
+        else:
+            problems.append(f"{module} has {', '.join(sorted(found))} without its counterpart")
+    return pairs, problems
+
+
+def _promises(folder: str) -> dict[str, EnergyRow]:
+    url = storage.join(folder, "energy.parquet")
+    return {row.module: row for row in manifest.read(url)} if storage.stat(url) else {}
+
+
+def _key_problems(
+    pairs: Mapping[str, _Pair], config: Mapping[str, Any], base: Checkpoint, promised: Mapping[str, EnergyRow]
+) -> Iterator[str]:
+    modules = {targets.module_of(name) for name in base.tensors}
+    wanted = config.get("target_modules") or []
+    for module in sorted(pairs):
+        if not _matched(module, wanted):
+            yield f"{module} is in the file but not in target_modules: PEFT would drop it without a word"
+        if module not in modules and targets.kind_of(f"{module}.weight", (1, 1)) != "lm_head":
+            yield f"{module} is no module of the base: loaders would drop it without a word"
+    for module in sorted(modules - set(pairs)):
+        if _matched(module, wanted):
+            yield f"target_modules names {module}, which has no pair in the file"
+    for module, row in sorted(promised.items()):
+        if row.status in {"adapted", "zero_filled"} and module not in pairs:
+            yield f"the manifest says {module} is {row.status}, but the file has no pair for it"
+
+
+def _matched(module: str, wanted: object) -> bool:
+    """As PEFT matches: a list by whole-component suffix, a string as a regular expression."""
+    if isinstance(wanted, str):
+        return wanted == "all-linear" or re.fullmatch(wanted, module) is not None
+    return isinstance(wanted, list) and any(module == name or module.endswith(f".{name}") for name in wanted)
+
+
+def _check(
+    module: str,
+    pair: _Pair,
+    base: Checkpoint,
+    tuned: Checkpoint,
+    row: EnergyRow | None,
+    scale: float,
+    tolerance: float,
+    device: torch.device,
+) -> tuple[ModuleCheck, float, float]:
+    """The check, the energy that the pair keeps, and that of the module's ΔW."""
+    name = f"{module}.weight"
+    if name not in base.tensors:  # a tied output has no tensor of its own: its input has the delta
+        name = next(
+            (
+                other
+                for other, ref in base.tensors.items()
+                if targets.kind_of(other, ref.shape) == "embedding" and ref.shape[:1] == pair.up.shape[:1]
+            ),
+            name,
+        )
+    before, after = base.tensors.get(name), tuned.tensors.get(name)
+    if before is None or after is None or before.shape != after.shape or len(before.shape) != 2:
+        return ModuleCheck(module, None, None, "the checkpoints hold no comparable matrix of this name"), 0.0, 0.0
+    down, up = (tensor.to(device, torch.float32) for tensor in read_tensors([pair.down, pair.up]))  # (r, in), (out, r)
+    turned = pair.embedding or (up.shape[0], down.shape[1]) != before.shape
+    product = (down.mT, up.mT) if turned else (up, down)
+    if down.shape[0] != up.shape[1] or (product[0].shape[0], product[1].shape[1]) != before.shape:
+        return (
+            ModuleCheck(
+                module,
+                None,
+                None,
+                f"the pair {list(down.shape)}, {list(up.shape)} does not fit the weight {list(before.shape)}",
+            ),
+            0.0,
+            0.0,
+        )
+    delta = torch.empty(before.shape, dtype=torch.float32, device=device)
+    stored = read_tensors([before, after])
+    total = float(lowrank.form_delta(stored[0], stored[1], delta)[2])
+    left = float(lowrank.sum_of_squares(delta.addmm_(*product, alpha=-scale)))
+    energy = 1 - left / total if total else None
+    promised = row.written_energy if row else None
+    return (
+        ModuleCheck(module, energy, promised, _energy_problem(energy, left, promised, tolerance)),
+        total - left,
+        total,
+    )
+
+
+def _energy_problem(energy: float | None, left: float, promised: float | None, tolerance: float) -> str:
+    if energy is None:
+        return "" if left == 0 else "the weight did not change, but its pair is not zero"
+    if not math.isfinite(energy):
+        return "its values are not finite"
+    if promised is not None and abs(energy - promised) > tolerance:
+        return f"keeps {energy:.6f} of the update's energy, the manifest promises {promised:.6f}"
+    if promised is None and energy < -tolerance:
+        return f"takes the base further from the fine-tune: energy {energy:.6f}"
+    return ""
