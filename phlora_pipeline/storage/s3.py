@@ -182,12 +182,8 @@ class S3Store:
         try:
             parts = []
             for number, data in enumerate(_regroup(chunks(), SINGLE_PUT_BYTES), start=1):
-                parts.append(
-                    {
-                        "PartNumber": number,
-                        "ETag": _run(url, lambda n=number, d=data: self._upload_part(url, upload, n, d)),
-                    }
-                )
+                send = partial(self._upload_part, url, upload, number, data)
+                parts.append({"PartNumber": number, "ETag": _run(url, send)})
 
             def attempt() -> bool:
                 with _errors(url):

@@ -1,0 +1,33 @@
+"""What every test starts from: one thread, no network credentials, quick retries, a toy pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import stamina
+import torch
+
+from tests import toys
+
+pytest_plugins = ["tests.s3_server"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Bits differ with the number of threads; two busy threads on two cores are slower than one."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _quick_retries() -> Iterator[None]:
+    with stamina.set_testing(True, attempts=3, cap=True):
+        yield
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """A base and a fine-tune of it, as folders."""
+    base = toys.llama_tensors()
+    return toys.save(tmp_path / "base", base), toys.save(tmp_path / "tuned", toys.fine_tuned(base))
