@@ -6,24 +6,19 @@ Results go to stdout, everything else to stderr. Exit codes: 0 done, or nothing 
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from dataclasses import asdict
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from phlora_pipeline import __version__, config, console, pipeline
+from phlora_pipeline import __version__, config, console, pipeline, render
 from phlora_pipeline import convert as conversion
 from phlora_pipeline import verify as verification
 from phlora_pipeline.errors import PhloraError
-from phlora_pipeline.pipeline import ExtractResult, Prepared
-from phlora_pipeline.summary import percent, reasons, size
+from phlora_pipeline.summary import size
 
 app = typer.Typer(
     name="phlora",
@@ -224,7 +219,7 @@ def extract(
     )  # fmt: skip
     with console.reporter(quiet=json_output) as observer:
         result = pipeline.extract(settings, observer)
-    _print(asdict(result)) if json_output else _show_result(result)
+    render.json_object(asdict(result)) if json_output else render.show_result(result)
 
 
 @app.command()
@@ -241,11 +236,11 @@ def plan(
 ) -> None:
     """Say what extract would do: which tensors, which not and why, bytes, work and memory. Reads headers only."""
     settings = config.run_config(
-        base=base, tuned=tuned, out="/nowhere", rank=rank, max_rank=max_rank, targets=targets.value,
+        base=base, tuned=tuned, rank=rank, max_rank=max_rank, targets=targets.value,
         include=tuple(include or ()), exclude=tuple(exclude or ()), dialect=dialect.value,
     )  # fmt: skip
     prepared = pipeline.plan(settings)
-    _print(_plan_record(prepared)) if json_output else _show_plan(prepared)
+    render.json_object(render.plan_record(prepared)) if json_output else render.show_plan(prepared)
 
 
 @app.command()
@@ -264,7 +259,7 @@ def verify(
         "problems": found.problems,
         "modules": [asdict(check) for check in found.modules],
     }
-    _print(record) if json_output else _show_verification(found)
+    render.json_object(record) if json_output else render.show_verification(found)
     if not found.passed:
         raise typer.Exit(13)
 
@@ -280,17 +275,17 @@ def convert(
     """Convert a pickled checkpoint to safetensors, in a process of its own that holds no credentials."""
     done = conversion.convert(source, out)
     if json_output:
-        _print(asdict(done))
+        render.json_object(asdict(done))
     else:
-        _out(f"{done.tensors} tensors, {size(done.nbytes)} → {done.out}/model.safetensors")
+        render.line(f"{done.tensors} tensors, {size(done.nbytes)} → {done.out}/model.safetensors")
         if done.dropped:
-            _out(f"{len(done.dropped)} entries are no tensors and were dropped: {', '.join(done.dropped[:5])}")
+            render.line(f"{len(done.dropped)} entries are no tensors and were dropped: {', '.join(done.dropped[:5])}")
 
 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        _out(f"phlora-pipeline {__version__}")
+        render.line(f"phlora-pipeline {__version__}")
         raise typer.Exit
 
 
@@ -300,7 +295,7 @@ def main() -> None:
         app()
     except PhloraError as error:
         if "--json" in sys.argv:
-            _print({"error": error.what, "remedy": error.remedy, "exit_code": error.exit_code})
+            render.json_object({"error": error.what, "remedy": error.remedy, "exit_code": error.exit_code})
         print(f"error: {error.what}", file=sys.stderr)
         if error.remedy:
             print(f"  fix: {error.remedy}", file=sys.stderr)
@@ -312,107 +307,3 @@ def main() -> None:
         traceback.print_exc()
         print("error: this is a bug in phlora-pipeline; please report it with the lines above", file=sys.stderr)
         sys.exit(1)
-
-
-def _show_result(result: ExtractResult) -> None:
-    summary = result.summary
-    if result.outcome == "nothing_to_adapt":
-        _out(
-            f"Nothing to adapt: no target tensor differs between the two checkpoints. The manifest is at {result.out}/energy.parquet"
-        )
-        return
-    if result.outcome == "exists":
-        _out("This adapter is there already, nothing was read:")
-    _out(
-        f"{result.out}  (rank {result.rank}, {size(result.adapter_bytes)}, {percent(result.adapter_bytes / result.checkpoint_bytes)} of the checkpoint)"
-    )
-    counts = {
-        "adapted": summary.adapted,
-        "unchanged": summary.unchanged,
-        "zero-filled": summary.zero_filled,
-        "left out": summary.skipped,
-        "failed": summary.failed,
-    }
-    _out("tensors: " + ", ".join(f"{number} {name}" for name, number in counts.items() if number))
-    known = ", ".join(
-        f"{percent(share)} at rank {rank}" for rank, share in summary.energy_at.items() if share is not None
-    )
-    _out(
-        f"energy of the update kept: {percent(summary.preserved_energy)} by the factors, {percent(summary.written_energy)} as written"
-        + (f" ({known})" if known else "")
-    )
-    _out(f"coverage: {percent(summary.coverage)} of ‖ΔW‖² lies in adapted tensors")
-    for reason, number, share in reasons(summary):
-        _out(f"  left out: {number} tensors, {percent(share, 2)} of ‖ΔW‖²: {reason}")
-
-
-def _plan_record(prepared: Prepared) -> dict[str, Any]:
-    made = prepared.plan
-    return {
-        "version": made.version,
-        "extraction_id": made.extraction_id,
-        "adapted": [{"tensor": pair.name, "kind": pair.kind, "shape": pair.shape} for pair in made.adapted],
-        "left_out": dict(made.left_out),
-        "unread": dict(made.unread),
-        "base_only": made.base_only,
-        "tasks": len(made.tasks),
-        "read_bytes": made.nbytes,
-        "flops": made.flops,
-        "worker_bytes": made.worker_bytes,
-        "adapter_parameters": made.adapter_parameters,
-        "rank": made.rank,
-        "written_rank": made.written_rank,
-        "warnings": made.warnings,
-    }
-
-
-def _show_plan(prepared: Prepared) -> None:
-    made = prepared.plan
-    table = Table("kind", "tensors", "entries", box=None)
-    kinds = sorted({pair.kind for pair in made.adapted})
-    for kind in kinds:
-        pairs = [pair for pair in made.adapted if pair.kind == kind]
-        table.add_row(kind, str(len(pairs)), f"{sum(pair.numel for pair in pairs):,}")
-    _out(
-        f"adapt {len(made.adapted)} tensors in {sum(task.block.purpose == 'factor' for task in made.tasks)} blocks, rank {made.written_rank}:"
-    )
-    Console().print(table)
-    grouped: dict[str, list[str]] = {}
-    for name, reason in {**made.left_out, **made.unread}.items():
-        grouped.setdefault(reason, []).append(name)
-    for reason, names in sorted(grouped.items(), key=lambda item: -len(item[1])):
-        _out(f"leave out {len(names)}: {reason} ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})")
-    _out(
-        f"read {size(made.nbytes)}, compute {made.flops / 1e12:.2f} TFLOP, {size(made.worker_bytes)} of memory per worker"
-    )
-    _out(f"write an adapter of {made.adapter_parameters:,} parameters")
-    for warning in made.warnings:
-        _out(f"warning: {warning}")
-
-
-def _show_verification(found: verification.Verification) -> None:
-    bad = [check for check in found.modules if check.problem]
-    for problem in found.problems:
-        _out(f"problem: {problem}")
-    if bad:
-        table = Table("module", "measured", "promised", "problem")
-        for check in bad:
-            table.add_row(
-                escape(check.module),
-                percent(check.written_energy, 4),
-                percent(check.promised, 4),
-                escape(check.problem),
-            )
-        Console().print(table)
-    state = "passed" if found.passed else "FAILED"
-    _out(
-        f"{state}: {len(found.modules)} modules, {percent(found.written_energy, 2)} of their update's energy is in the written bytes"
-    )
-
-
-def _print(record: dict[str, Any]) -> None:
-    print(json.dumps(record, indent=2, default=str))
-
-
-def _out(text: str) -> None:
-    print(text)

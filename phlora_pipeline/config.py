@@ -21,7 +21,9 @@ class RunConfig(BaseModel):
 
     base: str = Field(description="the base checkpoint: a folder or one .safetensors file; a path or URL")
     tuned: str = Field(description="the fine-tuned checkpoint")
-    out: str = Field(description="where the adapter goes: an empty or absent folder")
+    out: str = Field(
+        default="", description="where the adapter goes: an empty or absent folder; only a plan needs none"
+    )
     rank: int = Field(default=32, description="r of the adapter")
     max_rank: int = Field(
         default=0, description="singular values and vectors kept while computing; 0: the same as rank"
@@ -46,10 +48,15 @@ class RunConfig(BaseModel):
     force: bool = False
     keep_parts: bool = False
 
-    @field_validator("base", "tuned", "out")
+    @field_validator("base", "tuned")
     @classmethod
     def _absolute(cls, url: str) -> str:
         return normalize(url)
+
+    @field_validator("out")
+    @classmethod
+    def _absolute_or_none(cls, url: str) -> str:
+        return normalize(url) if url else ""
 
     @field_validator("rank")
     @classmethod

@@ -109,6 +109,8 @@ def extract(config: RunConfig, observer: Observer) -> ExtractResult:
         ModelFailedError: a tensor failed; the rows are under `_runs/`, no adapter is published.
         PhloraError: storage, credentials, device, or a source that changed.
     """
+    if not config.out:
+        raise RequestError("there is no output folder", remedy="say where the adapter goes: out")
     prepared = plan(config)
     standing = _standing(config, prepared.plan)
     if standing is not None:

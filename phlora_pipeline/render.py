@@ -1,0 +1,118 @@
+"""Results in words and tables, or as one JSON object, on stdout."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from phlora_pipeline.pipeline import ExtractResult, Prepared
+from phlora_pipeline.summary import percent, reasons, size
+from phlora_pipeline.verify import Verification
+
+
+def show_result(result: ExtractResult) -> None:
+    summary = result.summary
+    if result.outcome == "nothing_to_adapt":
+        line(
+            f"Nothing to adapt: no target tensor differs between the two checkpoints. The manifest is at {result.out}/energy.parquet"
+        )
+        return
+    if result.outcome == "exists":
+        line("This adapter is there already, nothing was read:")
+    line(
+        f"{result.out}  (rank {result.rank}, {size(result.adapter_bytes)}, {percent(result.adapter_bytes / result.checkpoint_bytes)} of the checkpoint)"
+    )
+    counts = {
+        "adapted": summary.adapted,
+        "unchanged": summary.unchanged,
+        "zero-filled": summary.zero_filled,
+        "left out": summary.skipped,
+        "failed": summary.failed,
+    }
+    line("tensors: " + ", ".join(f"{number} {name}" for name, number in counts.items() if number))
+    known = ", ".join(
+        f"{percent(share)} at rank {rank}" for rank, share in summary.energy_at.items() if share is not None
+    )
+    line(
+        f"energy of the update kept: {percent(summary.preserved_energy)} by the factors, {percent(summary.written_energy)} as written"
+        + (f" ({known})" if known else "")
+    )
+    line(f"coverage: {percent(summary.coverage)} of ‖ΔW‖² lies in adapted tensors")
+    for reason, number, share in reasons(summary):
+        line(f"  left out: {number} tensors, {percent(share, 2)} of ‖ΔW‖²: {reason}")
+
+
+def plan_record(prepared: Prepared) -> dict[str, Any]:
+    made = prepared.plan
+    return {
+        "version": made.version,
+        "extraction_id": made.extraction_id,
+        "adapted": [{"tensor": pair.name, "kind": pair.kind, "shape": pair.shape} for pair in made.adapted],
+        "left_out": dict(made.left_out),
+        "unread": dict(made.unread),
+        "base_only": made.base_only,
+        "tasks": len(made.tasks),
+        "read_bytes": made.nbytes,
+        "flops": made.flops,
+        "worker_bytes": made.worker_bytes,
+        "adapter_parameters": made.adapter_parameters,
+        "rank": made.rank,
+        "written_rank": made.written_rank,
+        "warnings": made.warnings,
+    }
+
+
+def show_plan(prepared: Prepared) -> None:
+    made = prepared.plan
+    table = Table("kind", "tensors", "entries", box=None)
+    kinds = sorted({pair.kind for pair in made.adapted})
+    for kind in kinds:
+        pairs = [pair for pair in made.adapted if pair.kind == kind]
+        table.add_row(kind, str(len(pairs)), f"{sum(pair.numel for pair in pairs):,}")
+    line(
+        f"adapt {len(made.adapted)} tensors in {sum(task.block.purpose == 'factor' for task in made.tasks)} blocks, rank {made.written_rank}:"
+    )
+    Console().print(table)
+    grouped: dict[str, list[str]] = {}
+    for name, reason in {**made.left_out, **made.unread}.items():
+        grouped.setdefault(reason, []).append(name)
+    for reason, names in sorted(grouped.items(), key=lambda item: -len(item[1])):
+        line(f"leave out {len(names)}: {reason} ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})")
+    line(
+        f"read {size(made.nbytes)}, compute {made.flops / 1e12:.2f} TFLOP, {size(made.worker_bytes)} of memory per worker"
+    )
+    line(f"write an adapter of {made.adapter_parameters:,} parameters")
+    for warning in made.warnings:
+        line(f"warning: {warning}")
+
+
+def show_verification(found: Verification) -> None:
+    bad = [check for check in found.modules if check.problem]
+    for problem in found.problems:
+        line(f"problem: {problem}")
+    if bad:
+        table = Table("module", "measured", "promised", "problem")
+        for check in bad:
+            table.add_row(
+                escape(check.module),
+                percent(check.written_energy, 4),
+                percent(check.promised, 4),
+                escape(check.problem),
+            )
+        Console().print(table)
+    state = "passed" if found.passed else "FAILED"
+    line(
+        f"{state}: {len(found.modules)} modules, {percent(found.written_energy, 2)} of their update's energy is in the written bytes"
+    )
+
+
+def json_object(record: dict[str, Any]) -> None:
+    print(json.dumps(record, indent=2, default=str))
+
+
+def line(text: str) -> None:
+    print(text)

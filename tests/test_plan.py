@@ -1,0 +1,219 @@
+"""Plans from headers alone: nothing here has a byte of weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import pytest
+
+from phlora_pipeline import plan as planning
+from phlora_pipeline.checkpoint import Checkpoint, TensorRef
+from phlora_pipeline.errors import RequestError
+from phlora_pipeline.plan import Plan, PlanSettings, make_plan, require_fits
+from phlora_pipeline.safetensors_format import tensor_bytes
+from phlora_pipeline.targets import Selection
+from tests.toys import LLAMA
+
+SETTINGS = PlanSettings(Selection(), "portable", rank=8, max_rank=8, solver="exact", parts_url="/out/_parts")
+
+
+def checkpoint(
+    shapes: dict[str, tuple[int, ...]], *, side: str = "base", dtype: str = "BF16", config: dict[str, Any] = LLAMA
+) -> Checkpoint:
+    refs, at = {}, 0
+    for name, shape in shapes.items():
+        size = tensor_bytes(dtype, shape)
+        refs[name] = TensorRef(name, dtype, shape, f"/{side}/model.safetensors", at, at + size, "etag")
+        at += size
+    return Checkpoint(f"/{side}", refs, config, f"fingerprint of {side}")
+
+
+def llama(layers: int = 2, hidden: int = 64) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (100, hidden),
+        "lm_head.weight": (100, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for n in range(layers):
+        shapes |= {f"model.layers.{n}.self_attn.{p}_proj.weight": (hidden, hidden) for p in "qkvo"}
+        shapes |= {f"model.layers.{n}.mlp.{p}_proj.weight": (2 * hidden, hidden) for p in ("gate", "up")}
+    return shapes
+
+
+def planned(
+    shapes: dict[str, tuple[int, ...]],
+    settings: PlanSettings = SETTINGS,
+    *,
+    tuned: dict[str, tuple[int, ...]] | None = None,
+    **both: Any,
+) -> Plan:
+    return make_plan(checkpoint(shapes, **both), checkpoint(tuned or shapes, side="tuned", **both), settings)
+
+
+def test_every_tensor_of_the_fine_tune_is_accounted_for_once() -> None:
+    shapes = llama() | {"model.new.weight": (4, 4), "model.layers.0.conv.weight": (4, 4, 3)}
+    base = {name: shape for name, shape in shapes.items() if name != "model.new.weight"}
+    made = make_plan(checkpoint(base), checkpoint(shapes, side="tuned"), SETTINGS)
+    in_tasks = [pair.name for task in made.tasks for pair in task.block.pairs]
+    assert sorted([*in_tasks, *made.unread]) == sorted(shapes)
+    assert {pair.name for pair in made.adapted} | made.left_out.keys() == set(in_tasks)
+    assert made.unread == {"model.new.weight": "not in the base"}
+    assert all(made.left_out.values())
+
+
+def test_a_plan_is_a_pure_function_of_headers_and_settings() -> None:
+    assert planned(llama()) == planned(llama())
+
+
+@pytest.mark.parametrize(
+    ("change", "new_parts"),
+    [
+        ({"rank": 4}, False),
+        ({"identity": (("dtype", "float16"),)}, False),
+        ({"max_rank": 16}, True),
+        ({"selection": Selection("paper")}, True),
+    ],
+)
+def test_identities_change_with_what_decides_the_bytes_and_only_then(change: dict[str, Any], new_parts: bool) -> None:
+    """A smaller rank or another dtype is another adapter, cut from the same parts."""
+    before, after = planned(llama()), planned(llama(), replace(SETTINGS, **change))
+    assert before.version != after.version
+    assert (before.extraction_id != after.extraction_id) == new_parts
+
+
+def test_where_things_lie_is_no_part_of_an_identity() -> None:
+    before, after = planned(llama()), planned(llama(), replace(SETTINGS, parts_url="s3://elsewhere/_parts"))
+    assert (before.version, before.extraction_id) == (after.version, after.extraction_id)
+    assert before.tasks[0].part_url != after.tasks[0].part_url
+
+
+def test_largest_tasks_come_first_and_hold_one_shape_each() -> None:
+    made = planned(llama())
+    costs = [task.cost for task in made.tasks]
+    assert costs == sorted(costs, reverse=True)
+    assert all(len({pair.shape for pair in task.block.pairs}) == 1 for task in made.tasks)
+    assert len({task.block.id for task in made.tasks}) == len(made.tasks)
+
+
+def test_blocks_are_capped_and_a_larger_tensor_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "BLOCK_BYTES", 3 * 4 * 64 * 64)
+    made = planned(llama())
+    for task in made.tasks:
+        assert task.block.delta_bytes <= planning.BLOCK_BYTES or len(task.block.pairs) == 1
+    square = [task for task in made.tasks if task.block.shape == (64, 64)]
+    assert sorted(len(task.block.pairs) for task in square) == [2, 3, 3]
+
+
+def test_a_block_does_not_depend_on_the_rest_of_the_model() -> None:
+    small, large = planned(llama(layers=1)), planned(llama(layers=1) | {"extra.weight": (7, 9)})
+    assert {task.block.id for task in small.tasks} < {task.block.id for task in large.tasks}
+
+
+def test_bytes_are_those_of_the_compared_tensors() -> None:
+    shapes = llama()
+    total = sum(tensor_bytes("BF16", shape) for shape in shapes.values())
+    assert planned(shapes).nbytes == 2 * total
+
+
+def test_different_model_types_are_refused() -> None:
+    with pytest.raises(RequestError, match="'llama', the fine-tune 'qwen2'"):
+        make_plan(checkpoint(llama()), checkpoint(llama(), config={"model_type": "qwen2"}), SETTINGS)
+
+
+def test_disjoint_names_are_refused_with_an_example_of_each() -> None:
+    with pytest.raises(RequestError, match=r"0 of the fine-tune's 1 .* fine-tune has bert\.weight"):
+        planned(llama(), tuned={"bert.weight": (4, 4)})
+
+
+def test_differing_shapes_are_refused_by_name_unless_excluded() -> None:
+    grown = llama() | {"lm_head.weight": (101, 64)}
+    with pytest.raises(RequestError, match=r"lm_head\.weight \(base \[100, 64\], fine-tune \[101, 64\]\)"):
+        planned(llama(), tuned=grown)
+    made = planned(llama(), replace(SETTINGS, selection=Selection(exclude=("lm_head",))), tuned=grown)
+    assert "[101, 64]" in made.unread["lm_head.weight"]
+
+
+def test_nothing_to_adapt_says_why() -> None:
+    with pytest.raises(RequestError, match=r"nothing to adapt.*14 × not named by --include"):
+        planned(llama(), replace(SETTINGS, selection=Selection(include=("nothing.like.this",))))
+
+
+def test_a_plan_that_cannot_fit_is_refused_with_both_numbers_and_the_culprit() -> None:
+    made = planned({"model.embed_tokens.weight": (200_000, 8192), "lm_head.weight": (8, 8192)})
+    require_fits(made, None)
+    require_fits(made, 2**40)
+    with pytest.raises(
+        RequestError, match=r"GiB, 4\.0 GiB are there; .*model\.embed_tokens\.weight .*\[200000, 8192\]"
+    ):
+        require_fits(made, 4 * 2**30)
+
+
+def test_quantised_tensors_are_listed_and_never_read() -> None:
+    shapes = llama()
+    tuned = checkpoint(shapes, side="tuned")
+    name = "model.layers.0.mlp.up_proj.weight"
+    ref = replace(tuned.tensors[name], dtype="F8_E4M3", stop=tuned.tensors[name].start + 128 * 64)
+    made = make_plan(checkpoint(shapes), replace(tuned, tensors={**tuned.tensors, name: ref}), SETTINGS)
+    assert "F8_E4M3" in made.unread[name]
+    assert name not in {pair.name for task in made.tasks for pair in task.block.pairs}
+
+
+class TestTied:
+    """Where input and output share a weight, the delta must be on both ends or on neither."""
+
+    SHAPES: ClassVar = {name: shape for name, shape in llama().items() if name != "lm_head.weight"}
+
+    def test_a_causal_model_without_an_output_matrix_is_tied(self) -> None:
+        made = planned(self.SHAPES, replace(SETTINGS, dialect="peft"))
+        assert made.tied == ("model.embed_tokens", "lm_head")
+        assert "model.embed_tokens.weight" in {pair.name for pair in made.adapted}
+
+    def test_portable_leaves_it_out_and_names_the_remedy(self) -> None:
+        made = planned(self.SHAPES)
+        assert made.tied is None
+        assert "--for peft" in made.left_out["model.embed_tokens.weight"]
+
+    def test_the_config_says_so_even_where_both_are_stored(self) -> None:
+        made = planned(llama(), replace(SETTINGS, dialect="peft"), config=LLAMA | {"tie_word_embeddings": True})
+        assert made.tied == ("model.embed_tokens", "lm_head")
+        assert "tied" in made.left_out["lm_head.weight"]
+
+    def test_an_untied_model_has_two_deltas(self) -> None:
+        made = planned(llama())
+        assert made.tied is None
+        assert {"lm_head", "embedding"} <= {pair.kind for pair in made.adapted}
+
+    def test_an_encoder_is_not_tied(self) -> None:
+        made = planned(
+            self.SHAPES,
+            replace(SETTINGS, dialect="peft"),
+            config={"model_type": "bert", "architectures": ["BertModel"]},
+        )
+        assert made.tied is None
+
+    def test_the_vocabulary_and_not_the_positions_are_tied(self) -> None:
+        shapes = {
+            "transformer.wpe.weight": (32, 8),
+            "transformer.wte.weight": (99, 8),
+            "transformer.h.0.attn.c_attn.weight": (8, 24),
+        }
+        config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+        made = make_plan(
+            checkpoint(shapes, config=config),
+            checkpoint(shapes, config=config, side="tuned"),
+            replace(SETTINGS, dialect="peft"),
+        )
+        assert made.tied == ("transformer.wte", "lm_head")
+
+
+def test_a_rank_off_the_grid_is_written_padded_and_said() -> None:
+    made = planned(llama(), replace(SETTINGS, rank=20, max_rank=20))
+    assert (made.rank, made.written_rank) == (20, 32)
+    assert any("zero-padded" in warning for warning in made.warnings)
+
+
+def test_tensors_that_only_the_base_has_are_said() -> None:
+    made = make_plan(checkpoint(llama() | {"extra.weight": (3, 3)}), checkpoint(llama(), side="tuned"), SETTINGS)
+    assert made.base_only == ("extra.weight",)
+    assert any("extra.weight" in warning for warning in made.warnings)
