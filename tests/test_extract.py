@@ -1,0 +1,179 @@
+"""The unit of work without an engine: one task in, one part out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from phlora_pipeline import extract, parts
+from phlora_pipeline.checkpoint import open_checkpoint
+from phlora_pipeline.errors import DeviceError, SourceChangedError
+from phlora_pipeline.extract import Worker
+from phlora_pipeline.plan import Plan, PlanSettings, Task, make_plan
+from phlora_pipeline.targets import Selection
+from tests import toys
+
+
+def planned(base: Path, tuned: Path, out: Path, *, rank: int = 4) -> Plan:
+    settings = PlanSettings(Selection(), "peft", rank, rank, "exact", str(out / "_parts"))
+    return make_plan(open_checkpoint(str(base)), open_checkpoint(str(tuned)), settings)
+
+
+def task_of(plan: Plan, name: str) -> Task:
+    return next(task for task in plan.tasks if name in {pair.name for pair in task.block.pairs})
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def test_a_part_holds_the_best_factors_of_every_tensor(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    task = task_of(planned(*pair, tmp_path), Q)
+    report = Worker("cpu", 1).run(task)
+    part = parts.load(task.part_url)
+    assert set(part.results) == {pair.name for pair in task.block.pairs}
+    assert (report.tensors, report.nbytes, report.failed, report.reused) == (
+        len(task.block.pairs),
+        task.block.nbytes,
+        (),
+        False,
+    )
+    base, tuned = toys.llama_tensors(), toys.fine_tuned(toys.llama_tensors())
+    for name, result in part.results.items():
+        delta = tuned[name] - base[name]
+        sigma = torch.linalg.svdvals(delta.double())
+        product = parts.read_factor(part, "B", name) @ parts.read_factor(part, "A", name)
+        assert float((delta - product).double().square().sum()) == pytest.approx(
+            float(sigma[4:].square().sum()), rel=1e-4
+        )
+        assert result.singular_values == pytest.approx(sigma[:4].tolist(), rel=1e-5)
+        assert result.delta_sq == pytest.approx(float(delta.double().square().sum()), rel=1e-9)
+
+
+def test_a_tensor_that_is_only_measured_has_norms_and_no_factors(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    task = task_of(planned(*pair, tmp_path), NORM)
+    Worker("cpu", 1).run(task)
+    part = parts.load(task.part_url)
+    assert part.results[NORM].status == "measured"
+    assert part.results[NORM].delta_sq > 0
+    assert not part.factors
+
+
+def test_an_unchanged_tensor_among_changed_ones(tmp_path: Path) -> None:
+    base = toys.llama_tensors()
+    tuned = toys.fine_tuned(base)
+    tuned[Q] = base[Q].clone()
+    task = task_of(planned(toys.save(tmp_path / "b", base), toys.save(tmp_path / "t", tuned), tmp_path), Q)
+    Worker("cpu", 1).run(task)
+    part = parts.load(task.part_url)
+    assert part.results[Q].status == "unchanged"
+    assert f"A:{Q}" not in part.factors
+    others = [result.status for name, result in part.results.items() if name != Q]
+    assert others == ["factored"] * (len(task.block.pairs) - 1)
+
+
+@pytest.mark.parametrize("side", ["base", "fine-tune"])
+def test_a_bad_value_fails_its_tensor_alone_and_is_located(tmp_path: Path, side: str) -> None:
+    base = toys.llama_tensors()
+    tuned = toys.fine_tuned(base)
+    sick = base if side == "base" else tuned
+    sick[Q] = sick[Q].clone()
+    sick[Q][3, 5] = float("nan")
+    sick[Q][4, 0] = float("inf")
+    task = task_of(planned(toys.save(tmp_path / "b", base), toys.save(tmp_path / "t", tuned), tmp_path), Q)
+    report = Worker("cpu", 1).run(task)
+    assert report.failed == (Q,)
+    results = parts.load(task.part_url).results
+    assert results[Q].reason == f"2 of 1024 entries of the {side} are NaN or infinite, the first at index [3, 5]"
+    assert all(result.status == "factored" for name, result in results.items() if name != Q)
+
+
+def test_a_difference_that_overflows_is_said(tmp_path: Path) -> None:
+    base, tuned = {"a.q_proj.weight": torch.full((2, 2), -3e38)}, {"a.q_proj.weight": torch.full((2, 2), 3e38)}
+    plan = planned(toys.save(tmp_path / "b", base), toys.save(tmp_path / "t", tuned), tmp_path)
+    Worker("cpu", 1).run(plan.tasks[0])
+    assert "difference" in parts.load(plan.tasks[0].part_url).results["a.q_proj.weight"].reason
+
+
+def test_a_part_that_is_there_is_kept(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    task = planned(*pair, tmp_path).tasks[0]
+    Worker("cpu", 1).run(task)
+    before = os.stat(task.part_url)
+    report = Worker("cpu", 1).run(task)
+    assert (report.reused, report.nbytes) == (True, 0)
+    assert os.stat(task.part_url).st_mtime_ns == before.st_mtime_ns
+
+
+def test_a_hint_changes_no_byte_whether_it_comes_true_or_not(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    plain, hinted = planned(*pair, tmp_path / "plain"), planned(*pair, tmp_path / "hinted")
+    for task in plain.tasks:
+        Worker("cpu", 1).run(task)
+    worker = Worker("cpu", 1)
+    hints = [*hinted.tasks[2:], None, None]  # every hint is wrong by one task
+    for task, hint in zip(hinted.tasks, hints, strict=True):
+        worker.run(task, hint)
+    for one, other in zip(plain.tasks, hinted.tasks, strict=True):
+        assert Path(one.part_url).read_bytes() == Path(other.part_url).read_bytes()
+
+
+def test_the_next_task_is_read_while_this_one_computes(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(*pair, tmp_path)
+    read: list[str] = []
+    original = extract._read
+    monkeypatch.setattr(extract, "_read", lambda task: read.append(task.block.id) or original(task))
+    worker = Worker("cpu", 1)
+    first, second = plan.tasks[:2]
+    worker.run(first, second)
+    worker.run(second)
+    assert read == [first.block.id, second.block.id]
+    assert worker._ahead is None
+
+
+def test_a_task_that_is_too_large_is_not_read_ahead(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extract, "PREFETCH_BYTES", 10)
+    plan = planned(*pair, tmp_path)
+    worker = Worker("cpu", 1)
+    worker.run(plan.tasks[0], plan.tasks[1])
+    assert worker._ahead is None
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_source_replaced_since_planning_is_an_error_and_leaves_no_part(
+    pair: tuple[Path, Path], tmp_path: Path, ahead: bool
+) -> None:
+    plan = planned(*pair, tmp_path)
+    worker = Worker("cpu", 1)
+    file = pair[1] / "model.safetensors"
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(data)  # even the same bytes: nobody can know that without reading all of them
+    if ahead:
+        worker._start_reading(plan.tasks[0])
+    with pytest.raises(SourceChangedError, match="was replaced"):
+        worker.run(plan.tasks[0])
+    assert not Path(plan.tasks[0].part_url).exists()
+
+
+def test_stored_bytes_are_given_back_before_the_solver_starts(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    task = task_of(planned(*pair, tmp_path), Q)
+    stored = extract._read(task)
+    extract.compute(task, stored, torch.device("cpu"))
+    assert stored == []
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "mps", "meta"])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    with pytest.raises(DeviceError):
+        extract.checked_device(device)
+
+
+def test_auto_device_is_the_processor_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert extract.checked_device("auto") == torch.device("cpu")
