@@ -62,13 +62,15 @@ def model_card(plan: Plan, rows: Sequence[EnergyRow], *, base_name: str, dtype: 
 
 
 def _left_out(rows: Sequence[EnergyRow]) -> list[str]:
-    summary = summarize(rows)
-    grouped = reasons(summary)
+    failed = [f"- {_code(row.tensor)} failed: {_cell(row.reason)}" for row in rows if row.status == "failed"]
+    if failed:
+        failed = ["**This adapter is partial**; the energies above do not count these tensors:", "", *failed, ""]
+    grouped = reasons(summarize(rows))
     if not grouped:
-        return []
+        return failed
     lines = ["## What it leaves out", "", "| why | tensors | share of ‖ΔW‖² |", "|---|---|---|"]
     lines += [f"| {_cell(reason)} | {number} | {percent(share, 2)} |" for reason, number, share in grouped]
-    return [*lines, ""]
+    return [*failed, *lines, ""]
 
 
 def _cell(text: str) -> str:

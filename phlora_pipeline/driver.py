@@ -84,7 +84,7 @@ def run_ray(tasks: Sequence[Task], resources: Resources, on_report: OnReport) ->
     with _cluster(ray):
         pool = _Pool(ray, resources, len(tasks))
         try:
-            return _dispatch(ray, pool, Dispatcher(tasks), on_report)
+            return _dispatch(ray, pool, Dispatcher(tasks, len(pool.slots)), on_report)
         finally:
             pool.close()
 

@@ -34,6 +34,12 @@ def _rebuild(kind: type[PhloraError], what: str, remedy: str) -> PhloraError:
     return kind(what, remedy=remedy)
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What a foreign error says, in one line: clients print whole paragraphs."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else f"{text[:limit]} …"
+
+
 class RequestError(PhloraError):
     """The request is wrong: nothing was written."""
 
@@ -63,7 +69,7 @@ class ModelFailedError(PhloraError):
 
 
 class SourceChangedError(PhloraError):
-    """A source object was replaced between planning and reading. Running again plans anew."""
+    """A source object was replaced or removed between planning and reading. Running again plans anew."""
 
     exit_code = 3
 

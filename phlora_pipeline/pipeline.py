@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
-import json
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -15,17 +12,17 @@ from phlora_pipeline.card import model_card
 from phlora_pipeline.checkpoint import Checkpoint, open_checkpoint
 from phlora_pipeline.config import RunConfig
 from phlora_pipeline.driver import Resources
-from phlora_pipeline.errors import ConflictError, ModelFailedError, PhloraError, RequestError
+from phlora_pipeline.errors import ModelFailedError, PhloraError, RequestError
 from phlora_pipeline.extract import TaskReport, checked_device
 from phlora_pipeline.machine import available_memory, processors
 from phlora_pipeline.manifest import EnergyRow
 from phlora_pipeline.plan import NUMERICS_REVISION, Plan, PlanSettings, make_plan, require_fits
 from phlora_pipeline.reducer import FAR_FROM_BASE, NOT_A_FINE_TUNE, Reduction
+from phlora_pipeline.runlog import Run
 from phlora_pipeline.summary import Summary, summarize
 from phlora_pipeline.targets import Selection
 
 PARTS = "_parts"
-RUNS = "_runs"
 
 Outcome = Literal["committed", "exists", "nothing_to_adapt"]
 
@@ -112,7 +109,7 @@ def extract(config: RunConfig, observer: Observer) -> ExtractResult:
     if not config.out:
         raise RequestError("there is no output folder", remedy="say where the adapter goes: out")
     prepared = plan(config)
-    standing = _standing(config, prepared.plan)
+    standing = None if config.overwrite else reducer.standing(config.out, prepared.plan)
     if standing is not None:
         return _result(
             "exists" if adapter.CONFIG in standing else "nothing_to_adapt",
@@ -124,7 +121,7 @@ def extract(config: RunConfig, observer: Observer) -> ExtractResult:
         )
     resources = _resources(config)
     _require_room(config, prepared.plan)
-    run = Run.begin(config)
+    run = Run.begin(config.out, config.model_dump(mode="json"))
     try:
         result = _extract(config, prepared, resources, observer, run)
     except PhloraError as error:
@@ -153,7 +150,7 @@ def _extract(
     warnings = [*plan.warnings, *_judge(reduction, config)]
     for warning in warnings[len(plan.warnings) :]:
         observer.warn(warning)
-    if reduction.failed and not config.allow_partial:
+    if reduction.failed and not (config.allow_partial and reduction.layout.slots):
         raise _failed(reduction, run, config)
     outcome = _publish(config, prepared, reduction)
     if not config.keep_parts:
@@ -180,38 +177,13 @@ def _publish(config: RunConfig, prepared: Prepared, reduction: Reduction) -> Out
             plan,
             reduction.layout,
             prepared.base_name,
-            [str(name) for name in prepared.tuned.config.get("architectures") or []],
+            [str(name) for name in (prepared.tuned.config or prepared.base.config).get("architectures") or []],
         ),
         card=model_card(plan, reduction.rows, base_name=prepared.base_name, dtype=reduction.dtype),
         run=_run_record(config, prepared, reduction),
         **names,
     )
     return "committed"
-
-
-def _standing(config: RunConfig, plan: Plan) -> frozenset[str] | None:
-    """Files of this very adapter in `out`, None where there is none yet.
-
-    Raises:
-        ConflictError: another adapter, or somebody's files, stand there.
-    """
-    there = {storage.basename(info.url): info for info in storage.list_folder(config.out)}
-    ours = there.keys() & set(reducer.PUBLISHED)
-    if not ours or config.overwrite:
-        return None
-    if adapter.CONFIG in ours and reducer.RUN in ours:
-        if json.loads(storage.read_object(there[reducer.RUN], limit=1 << 20)).get("version") == plan.version:
-            return frozenset(ours)
-    elif ours == {reducer.MANIFEST}:
-        rows = manifest.read(there[reducer.MANIFEST].url)
-        if rows and rows[0].version == plan.version:
-            return frozenset(ours)
-    elif adapter.CONFIG not in ours and storage.list_folder(storage.join(config.out, PARTS, plan.extraction_id)):
-        return None  # this very extraction, interrupted while it published: its files will turn out the same
-    raise ConflictError(
-        f"{config.out} already holds another adapter or its files: {', '.join(sorted(ours))}",
-        remedy="choose another output folder, or pass --overwrite to replace them",
-    )
 
 
 def _judge(reduction: Reduction, config: RunConfig) -> list[str]:
@@ -299,42 +271,4 @@ def _run_record(config: RunConfig, prepared: Prepared, reduction: Reduction) -> 
             "tuned": {"url": config.tuned, "fingerprint": prepared.tuned.fingerprint},
         },
         "summary": summarize(reduction.rows).as_dict(),
-    }
-
-
-@dataclass(slots=True)
-class Run:
-    """One execution's own folder, `<out>/_runs/<id>`: what was asked, what happened, how it ended."""
-
-    url: str
-    reports: list[TaskReport]
-    began: dt.datetime
-
-    @classmethod
-    def begin(cls, config: RunConfig) -> Run:
-        """Write the resolved request; being the run's first write, it finds out whether writing is allowed."""
-        began = dt.datetime.now(dt.UTC)
-        run = cls(storage.join(config.out, RUNS, f"{began:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"), [], began)
-        run._put("request.json", config.model_dump(mode="json"))
-        return run
-
-    def end(self, result: Mapping[str, Any]) -> None:
-        """Write one line per task, and how the run ended."""
-        seconds = (dt.datetime.now(dt.UTC) - self.began).total_seconds()
-        lines = [json.dumps({"event": "task", **_as_json(report)}) for report in self.reports]
-        storage.put_new(storage.join(self.url, "events.jsonl"), "".join(f"{line}\n" for line in lines).encode())
-        self._put("result.json", {**result, "seconds": round(seconds, 3), "tasks": len(self.reports)})
-
-    def _put(self, name: str, document: Mapping[str, Any]) -> None:
-        storage.put_new(storage.join(self.url, name), (json.dumps(document, indent=2) + "\n").encode())
-
-
-def _as_json(report: TaskReport) -> dict[str, Any]:
-    return {
-        "block": report.block_id,
-        "tensors": report.tensors,
-        "bytes": report.nbytes,
-        "seconds": round(report.seconds, 4),
-        "failed": list(report.failed),
-        "reused": report.reused,
     }

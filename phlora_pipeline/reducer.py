@@ -20,12 +20,15 @@ from phlora_pipeline.errors import ConflictError, RequestError
 from phlora_pipeline.manifest import EnergyRow
 from phlora_pipeline.parts import Part, TensorResult
 from phlora_pipeline.plan import Plan
+from phlora_pipeline.storage import ObjectInfo
 
 MANIFEST = "energy.parquet"
 CARD = "README.md"
 RUN = "run.json"
 PUBLISHED = (adapter.WEIGHTS, MANIFEST, CARD, RUN, adapter.CONFIG)
 """In the order of publication."""
+
+_SMALL = 16 << 20
 
 NOT_A_FINE_TUNE = 0.3
 FAR_FROM_BASE = 0.8
@@ -100,6 +103,38 @@ def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint,
             row = _adapted_row(row, results[name], sources[name], plan, adapter.DTYPES[picked][1])
         rows.append(row)
     return Reduction(tuple(rows), layout, picked, _median_cosine(results.values(), tuned), sources)
+
+
+def standing(out: str, plan: Plan) -> frozenset[str] | None:
+    """Names of the files of this very adapter that stand in `out` already; None where there is none yet.
+
+    Raises:
+        ConflictError: another adapter, or somebody's files of the same names, stand there.
+    """
+    there = {storage.basename(info.url): info for info in storage.list_folder(out)}
+    ours = frozenset(there.keys() & set(PUBLISHED))
+    if not ours:
+        return None
+    if adapter.CONFIG in ours and RUN in ours:
+        if _version_of_run(there[RUN]) == plan.version:
+            return ours
+    elif ours == {MANIFEST}:
+        rows = manifest.read(there[MANIFEST].url)
+        if rows and rows[0].version == plan.version:
+            return ours
+    elif adapter.CONFIG not in ours and storage.list_folder(plan.tasks[0].part_url.rpartition("/")[0]):
+        return None  # this very extraction, interrupted while it published: its files will turn out the same
+    raise ConflictError(
+        f"{out} already holds another adapter or its files: {', '.join(sorted(ours))}",
+        remedy="choose another output folder, or pass --overwrite to replace them",
+    )
+
+
+def _version_of_run(info: ObjectInfo) -> object:
+    try:
+        return json.loads(storage.read_object(info, limit=_SMALL)).get("version")
+    except (ValueError, AttributeError):
+        return None  # somebody else's run.json
 
 
 def publish(

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "phlora_pipeline"
 LAYERS = [
     {"errors", "lowrank", "safetensors_format", "storage", "checkpoint", "config", "machine"},
     {"targets", "plan", "dispatch", "parts", "adapter", "manifest", "summary", "card"},
-    {"extract", "driver", "reducer", "verify", "convert"},
+    {"extract", "driver", "reducer", "runlog", "verify", "convert"},
     {"pipeline"},
     {"cli", "console", "render", "__main__"},
 ]

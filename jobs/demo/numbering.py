@@ -142,7 +142,9 @@ class Numberer(nn.Module):
         source_seen = (source != PAD)[:, None, None, :]
         states = self.encode(source, source_seen)
         written = source[:, :1]
-        histories: list[Tensor | None] = [None] * _LAYERS  # inputs of each layer so far: keys and values are made of them
+        histories: list[Tensor | None] = [
+            None
+        ] * _LAYERS  # inputs of each layer so far: keys and values are made of them
         for position in range(source.shape[1]):
             x = self.decoder.embed(written[:, -1:], position)
             seen = (written != PAD)[:, None, None, :]

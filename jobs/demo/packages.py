@@ -61,7 +61,9 @@ def fetch(package: Package, folder: Path) -> Path:
         arrived = Path(incoming) / package.filename
         if not arrived.exists():
             found = sorted(path.name for path in Path(incoming).iterdir())
-            raise DemoError(f"{_label(package)}: expected {package.filename}, got {found}", remedy="update the pin in jobs/demo")
+            raise DemoError(
+                f"{_label(package)}: expected {package.filename}, got {found}", remedy="update the pin in jobs/demo"
+            )
         check_sha256(arrived, package.sha256)
         arrived.replace(target)
     return target
@@ -71,7 +73,10 @@ def check_sha256(path: Path, expected: str) -> None:
     """Refuse a file that is not the pinned one."""
     actual = _sha256(path)
     if actual != expected:
-        raise DemoError(f"{path.name} has sha256 {actual}, expected {expected}", remedy="do not use this file; check the mirror it came from, then run again")
+        raise DemoError(
+            f"{path.name} has sha256 {actual}, expected {expected}",
+            remedy="do not use this file; check the mirror it came from, then run again",
+        )
 
 
 def unpack(archive: Path, patterns: Sequence[str], into: Path) -> Path:
@@ -92,7 +97,9 @@ def unpack(archive: Path, patterns: Sequence[str], into: Path) -> Path:
                 found |= matching
                 _copy(member, aside, archive)
         if missing := sorted(set(patterns) - found):
-            raise DemoError(f"{archive.name} holds nothing named {', '.join(missing)}", remedy="update the patterns in jobs/demo")
+            raise DemoError(
+                f"{archive.name} holds nothing named {', '.join(missing)}", remedy="update the patterns in jobs/demo"
+            )
     return into
 
 
@@ -100,7 +107,9 @@ def safe_relative(name: str, archive: Path) -> PurePosixPath:
     """A member's path, refused where it would leave the folder it is unpacked into."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or not path.parts:
-        raise DemoError(f"{archive.name}: member {name!r} would be written outside its folder", remedy="do not use this archive")
+        raise DemoError(
+            f"{archive.name}: member {name!r} would be written outside its folder", remedy="do not use this archive"
+        )
     return path
 
 
@@ -117,11 +126,19 @@ class _Member:
 def _members(archive: Path) -> Iterator[Iterator[_Member]]:
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
-            yield (_Member(item.filename, item.file_size, partial(opened.open, item)) for item in opened.infolist() if not item.is_dir())
+            yield (
+                _Member(item.filename, item.file_size, partial(opened.open, item))
+                for item in opened.infolist()
+                if not item.is_dir()
+            )
     else:
         with tarfile.open(archive, "r:gz") as tar:
             # extractfile() follows links inside the archive; only regular files are wanted.
-            yield (_Member(item.name, item.size, partial(tar.extractfile, item) if item.isreg() else _nothing) for item in tar if not item.isdir())
+            yield (
+                _Member(item.name, item.size, partial(tar.extractfile, item) if item.isreg() else _nothing)
+                for item in tar
+                if not item.isdir()
+            )
 
 
 def _nothing() -> None:
@@ -143,7 +160,10 @@ def _command(package: Package, incoming: Path) -> list[str]:
     if package.source == "npm":
         npm = shutil.which("npm")
         if npm is None:
-            raise DemoError(f"npm is not on PATH; it fetches {_label(package)}", remedy="install Node.js with npm, for instance `apt-get install npm`")
+            raise DemoError(
+                f"npm is not on PATH; it fetches {_label(package)}",
+                remedy="install Node.js with npm, for instance `apt-get install npm`",
+            )
         return [npm, "pack", f"{package.name}@{package.version}", "--pack-destination", str(incoming), "--silent"]
     # pip builds the metadata of a source archive, so it has to know the hash before it looks inside.
     pin = incoming / "requirements.txt"
@@ -158,7 +178,10 @@ def _run(command: Sequence[str], package: Package) -> None:
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
         remedy = "check the network and the client's registry settings, then run again: what has arrived is kept"
-        raise DemoError(f"download of {_label(package)} failed: {' / '.join(lines[-3:]) or f'exit code {done.returncode}'}", remedy=remedy)
+        raise DemoError(
+            f"download of {_label(package)} failed: {' / '.join(lines[-3:]) or f'exit code {done.returncode}'}",
+            remedy=remedy,
+        )
 
 
 def _label(package: Package) -> str:

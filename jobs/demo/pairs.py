@@ -18,7 +18,6 @@ class Pair:
         metric: what the scores are, in a few words.
         base, tuned: checkpoint folders.
         adapter: where its adapter goes.
-        note: what a reader of the scores has to know; may be empty.
         scores: given the adapter's folder, the metric of base, fine-tune, and base with the adapter, each from 0 to 1.
     """
 
@@ -27,17 +26,23 @@ class Pair:
     base: Path
     tuned: Path
     adapter: Path
-    note: str
     scores: Callable[[Path], Scores]
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """One metric of the three, from 0 to 1."""
+    """One metric, from 0 to 1.
+
+    Attributes:
+        base, tuned: of the two checkpoints.
+        adapted: of the base with the adapter, loaded by PEFT.
+        matrices: of the base with the fine-tune's own matrices, whole: what no rank can exceed. None where it was not asked.
+    """
 
     base: float
     tuned: float
     adapted: float
+    matrices: float | None = None
 
 
 def digest(recipe: Mapping[str, object]) -> str:

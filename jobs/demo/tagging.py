@@ -40,7 +40,9 @@ def labels(word_ids: Sequence[int | None], tags: Sequence[int]) -> list[int]:
     [-100, 7, -100, 9, -100]
     """
     before = [None, *word_ids[:-1]]
-    return [IGNORED if word is None or word == last else tags[word] for word, last in zip(word_ids, before, strict=True)]
+    return [
+        IGNORED if word is None or word == last else tags[word] for word, last in zip(word_ids, before, strict=True)
+    ]
 
 
 def batches(sentences: Sequence[Sentence], size: int) -> list[Sequence[Sentence]]:
@@ -87,7 +89,7 @@ def fit_probe(model: Any, tokenizer: Any, sentences: Sequence[Sentence]) -> None
         optimizer.zero_grad()
         # A little weight decay: without it the head grows as long as the iterations last.
         value: Tensor = cross_entropy(model.classifier(hidden), target) + 1e-4 * model.classifier.weight.square().sum()
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         return value
 
     optimizer.step(loss)  # type: ignore[no-untyped-call]

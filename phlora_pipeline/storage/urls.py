@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 
 from phlora_pipeline.errors import RequestError
+
+_ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
 
 
 def scheme(url: str) -> str:
@@ -23,12 +26,14 @@ def normalize(url: str) -> str:
     >>> normalize("s3://models/base/"), normalize("file:///models/base")
     ('s3://models/base', '/models/base')
     """
-    if not url or "\0" in url:
+    _, separator, path = url.partition("://")
+    # One slash, or nothing after two: read as local paths, these would quietly write to a folder named `s3:`.
+    if "\0" in url or not (path.strip("/") if separator and scheme(url) != "file" else url) or _ONE_SLASH.match(url):
         raise RequestError(
             f"not a path or URL: {url!r}", remedy="give a local path, s3://bucket/prefix, or another fsspec URL"
         )
     if scheme(url) == "file":
-        return os.path.abspath(url.removeprefix("file://"))
+        return os.path.abspath(path if separator else url)
     return url.rstrip("/")
 
 

@@ -1,0 +1,77 @@
+"""The `phlora` command, called as a user would: another process, its stdout as JSON, its stderr let through."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import DemoError
+
+RANK, MAX_RANK = 32, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """One call that has ended.
+
+    Attributes:
+        said: the JSON object it printed.
+        seconds: how long it took.
+    """
+
+    exit_code: int
+    said: dict[str, Any]
+    seconds: float
+
+
+def extract(base: Path, tuned: Path, out: Path, *, expect: int = 0) -> Done:
+    """`phlora extract`, for PEFT: no server among those of the portable dialect takes these model types."""
+    ranks = ["--rank", str(RANK), "--max-rank", str(MAX_RANK)]
+    return _phlora(
+        "extract",
+        "--base",
+        str(base),
+        "--tuned",
+        str(tuned),
+        "--out",
+        str(out),
+        *ranks,
+        "--for",
+        "peft",
+        "--json",
+        expect=expect,
+    )
+
+
+def verify(base: Path, tuned: Path, adapter: Path) -> Done:
+    """`phlora verify`: measures the adapter's bytes against the two checkpoints."""
+    return _phlora("verify", "--base", str(base), "--tuned", str(tuned), "--adapter", str(adapter), "--json")
+
+
+def convert(pickle: Path, out: Path) -> Done:
+    """`phlora convert`: a pickle becomes `out/model.safetensors`."""
+    return _phlora("convert", str(pickle), str(out), "--json")
+
+
+def _phlora(*arguments: str, expect: int = 0) -> Done:
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "phlora_pipeline", *arguments], stdout=subprocess.PIPE, text=True, check=False
+    )
+    seconds = time.monotonic() - start
+    if done.returncode != expect:
+        what = f"`phlora {' '.join(arguments)}` ended with exit code {done.returncode}, expected {expect}"
+        raise DemoError(what, remedy="its own message stands above")
+    try:
+        said = json.loads(done.stdout)
+    except ValueError as error:
+        raise DemoError(
+            f"`phlora {arguments[0]} --json` printed no JSON: {done.stdout[:200]!r}",
+            remedy="this is a bug; please report it",
+        ) from error
+    return Done(done.returncode, said, seconds)
