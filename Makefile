@@ -26,6 +26,9 @@ check: $(STAMP)  ## lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
+bench: $(STAMP)  ## what the pipeline costs beside the bare decompositions
+	$(BIN)/python -m jobs.bench
+
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .

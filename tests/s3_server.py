@@ -13,8 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +42,8 @@ _IDENTITIES = {
     ]
 }
 _SERVERS = ("s3", "master", "volume", "filer", "admin")
+_GRPC = 10_000
+"""Each server puts its gRPC that many ports above its HTTP."""
 
 
 @dataclass
@@ -160,7 +160,7 @@ def running_server() -> Iterator[Server]:
         server.kill()
         shutil.rmtree(folder, ignore_errors=True)
         for port in ports.values():
-            for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+            for socket_file in [f for n in (port, port + _GRPC) for f in Path("/tmp").glob(f"seaweedfs-*-{n}.sock")]:
                 socket_file.unlink(missing_ok=True)
 
 
@@ -185,11 +185,11 @@ def s3(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free together with port + 10000, where each of the servers puts its gRPC."""
+    """Ports that are free together with their gRPC twins."""
     found: list[int] = []
     while len(found) < count:
         port = random.randrange(20_000, 32_000)
-        if port not in found and _is_free(port) and _is_free(port + 10_000):
+        if port not in found and _is_free(port) and _is_free(port + _GRPC):
             found.append(port)
     return found
 

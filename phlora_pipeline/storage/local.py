@@ -24,7 +24,12 @@ class LocalStore:
                 entries = sorted(os.scandir(url), key=lambda entry: entry.name)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-            return [_info(entry.path, entry.stat()) for entry in entries if entry.is_file()]
+            found = []
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # another writer's temporary file is gone by now
+                    if entry.is_file():
+                        found.append(_info(entry.path, entry.stat()))
+            return found
 
     def stat(self, url: str) -> ObjectInfo | None:
         with _errors(url):
@@ -36,7 +41,10 @@ class LocalStore:
 
     def read_into(self, piece: ByteRange) -> None:
         with _errors(piece.url):
-            descriptor = os.open(piece.url, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                descriptor = os.open(piece.url, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise changed(piece.url, piece.etag, "nothing") from error
             try:
                 _read_fully(descriptor, piece)
                 # After the read: whatever was written in place meanwhile has moved the mtime.
@@ -86,10 +94,10 @@ class LocalStore:
 
 
 def changed(url: str, planned: str, seen: str) -> SourceChangedError:
-    """The error of every store for an object that was replaced since it was planned."""
+    """The error of every store for an object that was replaced or removed since it was planned."""
     return SourceChangedError(
-        f"{url} was replaced while it was being read: planned {planned!r}, found {seen!r}",
-        remedy="run again once the upload is complete",
+        f"{url} is no longer what was planned: expected {planned!r}, found {seen!r}",
+        remedy="run again once its upload is complete",
     )
 
 
@@ -152,6 +160,8 @@ def _errors(url: str) -> Iterator[None]:
             f"no permission: {error.strerror}: {url}", remedy="check the owner and mode of the path"
         ) from error
     except OSError as error:
+        if error.errno in {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS}:
+            raise RequestError(f"{url} cannot be used: {error.strerror}", remedy="choose another path") from error
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise StorageError(
                 f"no space left on the device while writing {url}",

@@ -9,6 +9,7 @@ below: both clients are told to try once.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,16 +18,18 @@ from typing import Any, TypeVar
 import boto3
 import s3fs
 import stamina
+from botocore import exceptions as aws
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    TokenRetrievalError,
-)
+from botocore.exceptions import BotoCoreError, ClientError
 
-from phlora_pipeline.errors import CredentialsError, NotFoundError, PhloraError, StorageError
+from phlora_pipeline.errors import (
+    CredentialsError,
+    NotFoundError,
+    PhloraError,
+    RequestError,
+    StorageError,
+    one_line,
+)
 from phlora_pipeline.storage.base import ByteRange, Chunks, ObjectInfo, PutOutcome
 from phlora_pipeline.storage.local import changed
 
@@ -42,12 +45,25 @@ _CREDENTIALS = {
 _MISSING = {"NoSuchKey", "NoSuchBucket", "NotFound", "404"}
 _PRECONDITION = {"PreconditionFailed", "412"}
 _CONFLICT = {"ConditionalRequestConflict", "OperationAborted"}
+_NO_CREDENTIALS = (
+    aws.NoCredentialsError, aws.PartialCredentialsError, aws.ProfileNotFound, aws.SSOError,
+    aws.CredentialRetrievalError, aws.MetadataRetrievalError, aws.TokenRetrievalError,
+)  # fmt: skip
+_BROKEN = (
+    aws.HTTPClientError, aws.ConnectionError, aws.IncompleteReadError, aws.ChecksumError, aws.FlexibleChecksumError, OSError,
+)  # fmt: skip
+"""Connections, timeouts, cut or damaged bodies: worth another try. What else a client raises itself, it raises again."""
+
 _CONFIG: dict[str, Any] = {
     "retries": {"max_attempts": 0},
     "connect_timeout": 5,
     "read_timeout": 30,
     "max_pool_connections": 32,
 }
+
+
+# A retry is no news: without a handler Python would print stamina's log record on a user's stderr.
+logging.getLogger("stamina").addHandler(logging.NullHandler())
 
 
 class _TransientError(Exception):
@@ -86,7 +102,9 @@ class S3Store:
                         raise _no_bucket(url) from error
                     return []
 
-        files = [entry for entry in _run(url, attempt) if entry["type"] == "file" and entry["name"] != _path(url)]
+        entries = [entry for entry in _run(url, attempt) if entry["type"] == "file" and entry["name"] != _path(url)]
+        # A key that ends with a slash is what consoles make for an empty folder.
+        files = [entry for entry in entries if not entry["name"].endswith("/")]
         return sorted((_listed(entry) for entry in files), key=lambda info: info.url)
 
     def stat(self, url: str) -> ObjectInfo | None:
@@ -119,12 +137,16 @@ class S3Store:
         def attempt() -> None:
             with _errors(piece.url):
                 try:
-                    body = self._s3.get_object(**wanted)["Body"]
+                    answer = self._s3.get_object(**wanted)
                 except ClientError as error:
                     if _code(error) in _PRECONDITION | {"InvalidRange"}:
                         raise changed(piece.url, piece.etag, "another object") from error
+                    if _code(error) == "NoSuchKey":
+                        raise changed(piece.url, piece.etag, "nothing") from error
                     raise
-                with contextlib.closing(body):
+                with contextlib.closing(answer["Body"]) as body:
+                    if not answer.get("ContentRange", "").startswith(f"bytes {piece.start}-"):
+                        raise StorageError(f"{piece.url}: the server sends other bytes than those it was asked for")
                     _fill(piece, body)
 
         _run(piece.url, attempt)
@@ -133,7 +155,10 @@ class S3Store:
         create = self._put_single if size <= SINGLE_PUT_BYTES else self._put_parts
         if create(url, chunks):
             return "created"
-        return "same" if self._equal(url, chunks, size) else "different"
+        found = self.stat(url)
+        if found is None:
+            raise StorageError(f"{url} could not be created, and is not there", remedy="run again")
+        return "same" if found.size == size and self._equal(found, chunks) else "different"
 
     def delete(self, url: str) -> None:
         bucket, key = _split(url)
@@ -183,7 +208,7 @@ class S3Store:
             parts = []
             for number, data in enumerate(_regroup(chunks(), SINGLE_PUT_BYTES), start=1):
                 send = partial(self._upload_part, url, upload, number, data)
-                parts.append({"PartNumber": number, "ETag": _run(url, send)})
+                parts.append({"PartNumber": number, **_run(url, send)})
 
             def attempt() -> bool:
                 with _errors(url):
@@ -200,11 +225,14 @@ class S3Store:
 
     def _start_parts(self, url: str, bucket: str, key: str) -> str:
         with _errors(url):
-            return str(self._s3.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"])
+            # boto3 sends a CRC32 with every part; S3 wants it announced here, and repeated on completion.
+            answer = self._s3.create_multipart_upload(Bucket=bucket, Key=key, ChecksumAlgorithm="CRC32")
+            return str(answer["UploadId"])
 
-    def _upload_part(self, url: str, upload: dict[str, Any], number: int, data: bytes) -> str:
+    def _upload_part(self, url: str, upload: dict[str, Any], number: int, data: bytes) -> dict[str, str]:
         with _errors(url):
-            return str(self._s3.upload_part(**upload, PartNumber=number, Body=data)["ETag"])
+            answer = self._s3.upload_part(**upload, PartNumber=number, Body=data, ChecksumAlgorithm="CRC32")
+            return {name: answer[name] for name in ("ETag", "ChecksumCRC32") if name in answer}
 
     def _abort(self, upload: dict[str, Any]) -> None:
         # Best effort: an upload that is left over is invisible, and the bucket's lifecycle rule takes it.
@@ -224,14 +252,11 @@ class S3Store:
             raise
         return True
 
-    def _equal(self, url: str, chunks: Chunks, size: int) -> bool:
-        found = self.stat(url)
-        if found is None or found.size != size:
-            return False
+    def _equal(self, found: ObjectInfo, chunks: Chunks) -> bool:
         offset = 0
         for chunk in _regroup(chunks(), self.piece_bytes):
             there = bytearray(len(chunk))
-            self.read_into(ByteRange(url, found.etag, offset, memoryview(there)))
+            self.read_into(ByteRange(found.url, found.etag, offset, memoryview(there)))
             if there != chunk:
                 return False
             offset += len(chunk)
@@ -250,23 +275,27 @@ def _run(url: str, attempt: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def _errors(url: str) -> Iterator[None]:
-    """Sort the clients' errors into: ours, gone, not allowed, worth another try."""
+    """Sort the clients' errors into: ours, gone, not allowed, wrong, worth another try."""
     try:
         yield
     except (PhloraError, _TransientError):
         raise
-    except (NoCredentialsError, PartialCredentialsError, TokenRetrievalError) as error:
-        raise CredentialsError(
-            f"{url}: {error}", remedy="set AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role"
-        ) from error
-    except PermissionError as error:
-        raise _denied(url, _code(error) or "AccessDenied") from error
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{url} is not there") from error
-    except ClientError as error:
-        raise _sorted_client_error(url, error) from error
-    except (BotoCoreError, OSError, TimeoutError) as error:  # connections, timeouts, cut bodies; s3fs's own OSErrors
-        raise _TransientError(f"{type(error).__name__}: {error}") from error
+    except (ClientError, BotoCoreError, OSError, ValueError) as error:  # ValueError: an endpoint that is no URL
+        raise _sorted_error(url, error) from error
+
+
+def _sorted_error(url: str, error: Exception) -> Exception:
+    answered = _client_error(error)
+    if answered is not None:
+        return _sorted_client_error(url, answered)
+    if isinstance(error, _NO_CREDENTIALS):
+        return CredentialsError(
+            f"{url}: {one_line(error)}",
+            remedy="set AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role",
+        )
+    if isinstance(error, _BROKEN):
+        return _TransientError(f"{type(error).__name__}: {one_line(error)}")
+    return RequestError(f"{url}: {one_line(error)}", remedy="check the URL and the AWS settings")
 
 
 def _sorted_client_error(url: str, error: ClientError) -> Exception:
@@ -285,7 +314,7 @@ def _sorted_client_error(url: str, error: ClientError) -> Exception:
         or code in {"SlowDown", "RequestTimeout", "Throttling", "BadDigest"}
     ):
         return _TransientError(f"{code} (HTTP {status})")
-    return StorageError(f"{url}: {code} (HTTP {status}): {error}")
+    return StorageError(f"{url}: {code} (HTTP {status}): {one_line(error)}")
 
 
 def _denied(url: str, code: str) -> CredentialsError:
@@ -299,13 +328,17 @@ def _no_bucket(url: str) -> NotFoundError:
 
 
 def _code(error: BaseException) -> str:
-    """The service's error code, wherever in the chain of causes it is: s3fs hides it behind an errno."""
+    """The service's error code."""
+    answered = _client_error(error)
+    return "" if answered is None else str(answered.response.get("Error", {}).get("Code", ""))
+
+
+def _client_error(error: BaseException) -> ClientError | None:
+    """The service's answer, wherever in the chain of causes it is: s3fs hides it behind an errno."""
     seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, ClientError):
-            return str(seen.response.get("Error", {}).get("Code", ""))
-        seen = seen.__cause__ or seen.__context__
-    return ""
+    while seen is not None and not isinstance(seen, ClientError):
+        seen = seen.__cause__
+    return seen
 
 
 def _fill(piece: ByteRange, body: Any) -> None:

@@ -27,8 +27,9 @@ def normalize(url: str) -> str:
     ('s3://models/base', '/models/base')
     """
     _, separator, path = url.partition("://")
-    # One slash, or nothing after two: read as local paths, these would quietly write to a folder named `s3:`.
-    if "\0" in url or not (path.strip("/") if separator and scheme(url) != "file" else url) or _ONE_SLASH.match(url):
+    empty = not path.strip("/") if separator else not url
+    # `s3:/bucket/x`, read as a local path, would quietly write to a folder named `s3:`.
+    if empty or "\0" in url or _ONE_SLASH.match(url):
         raise RequestError(
             f"not a path or URL: {url!r}", remedy="give a local path, s3://bucket/prefix, or another fsspec URL"
         )

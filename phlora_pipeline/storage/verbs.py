@@ -91,7 +91,10 @@ def read_object(info: ObjectInfo, *, limit: int) -> bytes:
         NotFoundError: it is larger than `limit` bytes, so it is not what it should be.
     """
     if info.size > limit:
-        raise NotFoundError(f"{info.url} has {info.size} bytes; at most {limit} were expected of a file of this kind")
+        raise NotFoundError(
+            f"{info.url} has {info.size} bytes; at most {limit} were expected of a file of this kind",
+            remedy="see whether it is the right file, or download it again",
+        )
     data = bytearray(info.size)
     if data:
         read_ranges([ByteRange(info.url, info.etag, 0, memoryview(data))])

@@ -1,0 +1,1 @@
+"""What is submitted or run beside the package: thin scripts, not installed."""
