@@ -46,9 +46,13 @@ class Dispatcher(Generic[W]):
         self._waiting = sorted(self.tasks, key=_largest_first)
 
     @property
-    def busy(self) -> bool:
-        """Whether any task is running."""
-        return bool(self._running)
+    def unfinished(self) -> bool:
+        """Whether any task is waiting or running."""
+        return bool(self._waiting or self._running)
+
+    def works(self, worker: W) -> bool:
+        """Whether the worker has a task."""
+        return worker in self._running
 
     def take(self, worker: W) -> tuple[Task, Task | None] | None:
         """The worker's next task and the forecast of the one after; None where there is nothing left for it."""

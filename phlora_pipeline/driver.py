@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from phlora_pipeline.dispatch import Dispatcher
+from phlora_pipeline.dispatch import MAX_ATTEMPTS, Dispatcher
 from phlora_pipeline.errors import DeviceError, PhloraError
 from phlora_pipeline.extract import TaskReport, Worker
 from phlora_pipeline.plan import Task
@@ -81,6 +81,7 @@ def run_ray(tasks: Sequence[Task], resources: Resources, on_report: OnReport) ->
     """
     import ray
 
+    torch.set_num_threads(resources.threads)  # what follows in this process sums as after `run_local`
     with _cluster(ray):
         pool = _Pool(ray, resources, len(tasks))
         try:
@@ -90,34 +91,47 @@ def run_ray(tasks: Sequence[Task], resources: Resources, on_report: OnReport) ->
 
 
 def _dispatch(ray: Any, pool: _Pool, dispatcher: Dispatcher[int], on_report: OnReport) -> Mapping[str, str]:
-    calls: dict[Any, int] = {}
+    """Hand out tasks until all have ended. A slot takes part once its actor has started, which may be never.
 
-    def start(worker: int) -> None:
-        assignment = dispatcher.take(worker)
-        if assignment is not None:
-            calls[pool.run(worker, *assignment)] = worker
-
-    for worker in pool.slots:
-        start(worker)
-    while calls:
+    A task that were given to an actor still waiting for its place in the cluster would wait with it, and hold up the run.
+    """
+    calls = {pool.start(slot): slot for slot in pool.slots}
+    false_starts = 0
+    while dispatcher.unfinished:
         [finished], _ = ray.wait(list(calls), num_returns=1)
-        worker = calls.pop(finished)
+        slot = calls.pop(finished)
         try:
             report = ray.get(finished)
-        except ray.exceptions.RayActorError as error:
-            dispatcher.failed(worker, f"its worker died: {_words(error)}", died=True)
-            pool.replace(worker)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, PhloraError):
-                raise error.cause from error
-            dispatcher.failed(worker, _words(error.cause or error), died=False)
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, PhloraError):
+                raise cause from error
+            died, worked = not isinstance(error, ray.exceptions.RayTaskError), dispatcher.works(slot)
+            if worked:
+                dispatcher.failed(slot, ("its worker died: " if died else "") + _words(cause or error), died=died)
+            else:
+                false_starts += 1
+                _require_starts(false_starts, pool, error)
+            if died or not worked:
+                calls[pool.start(slot)] = slot
         else:
-            dispatcher.done(worker)
-            on_report(report)
-        # Every idle worker, not only this one: a task that came back may be all that is left.
+            if report is not None:
+                dispatcher.done(slot)
+                on_report(report)
+        # Every idle slot, not only this one: a task that came back may be all that is left.
         for idle in set(pool.slots) - set(calls.values()):
-            start(idle)
+            assignment = dispatcher.take(idle)
+            if assignment is not None:
+                calls[pool.run(idle, *assignment)] = idle
     return dispatcher.lost
+
+
+def _require_starts(false_starts: int, pool: _Pool, error: Exception) -> None:
+    if false_starts > MAX_ATTEMPTS * len(pool.slots):
+        raise DeviceError(
+            f"{false_starts} Ray workers died before their first task, the last one of: {_words(error)}",
+            remedy="look at the logs of the node; is phlora-pipeline installed there, in this version?",
+        ) from error
 
 
 class _Pool:
@@ -125,7 +139,7 @@ class _Pool:
 
     def __init__(self, ray: Any, resources: Resources, most: int) -> None:
         self._ray = ray
-        self._resources = resources
+        self._threads = resources.threads
         available = ray.cluster_resources()
         gpus, cpus = int(available.get("GPU", 0)), int(available.get("CPU", 0))
         use_gpus = gpus > 0 and resources.device != "cpu"
@@ -139,41 +153,42 @@ class _Pool:
                 f"the Ray cluster has {cpus} processors; one worker asks for {resources.threads}",
                 remedy="lower --threads",
             )
-        count = max(1, min(resources.workers or fit, fit, most))
+        self.slots = range(max(1, min(resources.workers or fit, fit, most)))
         wanted = {"num_gpus": 1} if use_gpus else {"num_cpus": resources.threads}
         # max_restarts=0: an actor that died is replaced by the driver, which knows whose fault it was.
         self._actor = ray.remote(max_restarts=0, max_task_retries=0, **wanted)(_RayWorker)
         self._device = "cuda" if use_gpus else "cpu"
-        self._actors = [self._start() for _ in range(count)]
+        self._actors: dict[int, Any] = {}
 
-    @property
-    def slots(self) -> range:
-        return range(len(self._actors))
+    def start(self, slot: int) -> Any:
+        """Give the slot a new actor; the call that is returned ends when it is ready."""
+        self._kill(slot)
+        self._actors[slot] = self._actor.remote()
+        return self._actors[slot].prepare.remote(self._device, self._threads)
 
     def run(self, slot: int, task: Task, prefetch: Task | None) -> Any:
         return self._actors[slot].run.remote(task, prefetch)
 
-    def replace(self, slot: int) -> None:
-        self._actors[slot] = self._start()
-
     def close(self) -> None:
-        for actor in self._actors:
+        for slot in self.slots:
+            self._kill(slot)
+
+    def _kill(self, slot: int) -> None:
+        actor = self._actors.pop(slot, None)
+        if actor is not None:
             with contextlib.suppress(Exception):
                 self._ray.kill(actor)
 
-    def _start(self) -> Any:
-        return self._actor.remote(self._device, self._resources.threads)
-
 
 class _RayWorker:
-    """A `Worker` in an actor, made at its first task, so that a missing device is that call's typed error."""
+    """A `Worker` in an actor, made by a call of its own, so that a missing device is that call's typed error."""
 
-    def __init__(self, device: str, threads: int) -> None:
-        self._settings = (device, threads)
-        self._worker: Worker | None = None
+    _worker: Worker
+
+    def prepare(self, device: str, threads: int) -> None:
+        self._worker = Worker(device, threads)
 
     def run(self, task: Task, prefetch: Task | None) -> TaskReport:
-        self._worker = self._worker or Worker(*self._settings)
         return self._worker.run(task, prefetch)
 
 

@@ -125,17 +125,31 @@ def preserved_energy(singular_values: Sequence[float], delta_norm_sq: float, ran
 
 
 def rounding_error_sq(A: Tensor, B: Tensor, A_written: Tensor, B_written: Tensor) -> float:
-    """‖B̂Â − BA‖_F² in float64 from the factors alone, never forming a (d, k) product.
+    """‖B̂Â − BA‖_F² from the factors alone, never forming a (d, k) product.
 
-    With X = [B̂ −B]·[Â; A], ‖X‖_F² = ⟨LᵀL, RRᵀ⟩ for its two thin factors L (d, 2r) and R (2r, k).
+    With δA = Â − A and δB = B̂ − B the difference is δB·Â + B·δA, whose squared norm needs six r × r products:
+    ⟨δBᵀδB, ÂÂᵀ⟩ + 2⟨δBᵀB, ÂδAᵀ⟩ + ⟨BᵀB, δAδAᵀ⟩. Nothing cancels, so it is as accurate when it is tiny.
 
     Args:
         A, A_written: (r, k), exact and as stored.
         B, B_written: (d, r), exact and as stored.
     """
-    left = torch.cat([B_written.double(), -B.double()], dim=1)  # (d, 2r)
-    right = torch.cat([A_written.double(), A.double()], dim=0)  # (2r, k)
-    return max(float(((left.mT @ left) * (right @ right.mT)).sum()), 0.0)
+    # A float32 difference of a number and its rounding is exact (Sterbenz), so float32 holds both δ.
+    dA, dB = (A_written.float() - A).mT, B_written.float() - B  # (k, r), (d, r)
+    At_written = A_written.float().mT  # (k, r)
+    total = (_gram(dB, dB) * _gram(At_written, At_written)).sum()
+    total += 2 * (_gram(dB, B) * _gram(At_written, dA)).sum()
+    total += (_gram(B, B) * _gram(dA, dA)).sum()
+    return float(total)
+
+
+def _gram(X: Tensor, Y: Tensor) -> Tensor:
+    """XᵀY (r, r) in float64 for tall (n, r) factors, a few rows at a time."""
+    total = torch.zeros(X.shape[1], Y.shape[1], dtype=torch.float64, device=X.device)
+    rows = max(1, _CHUNK // X.shape[1])
+    for start in range(0, len(X), rows):
+        total += X[start : start + rows].double().mT @ Y[start : start + rows].double()
+    return total
 
 
 def exact(delta: Tensor, max_rank: int) -> Svd:

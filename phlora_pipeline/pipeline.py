@@ -12,7 +12,7 @@ from phlora_pipeline.card import model_card
 from phlora_pipeline.checkpoint import Checkpoint, open_checkpoint
 from phlora_pipeline.config import RunConfig
 from phlora_pipeline.driver import Resources
-from phlora_pipeline.errors import ModelFailedError, PhloraError, RequestError
+from phlora_pipeline.errors import ModelFailedError, NotFoundError, PhloraError, RequestError
 from phlora_pipeline.extract import TaskReport, checked_device
 from phlora_pipeline.machine import available_memory, processors
 from phlora_pipeline.manifest import EnergyRow
@@ -109,22 +109,17 @@ def extract(config: RunConfig, observer: Observer) -> ExtractResult:
     if not config.out:
         raise RequestError("there is no output folder", remedy="say where the adapter goes: out")
     prepared = plan(config)
-    standing = None if config.overwrite else reducer.standing(config.out, prepared.plan)
-    if standing is not None:
-        return _result(
-            "exists" if adapter.CONFIG in standing else "nothing_to_adapt",
-            config,
-            prepared,
-            manifest.read(storage.join(config.out, reducer.MANIFEST)),
-            0,
-            0,
-        )
+    if (standing := _standing(config, prepared)) is not None:
+        return standing
     resources = _resources(config)
     _require_room(config, prepared.plan)
     run = Run.begin(config.out, config.model_dump(mode="json"))
     try:
         result = _extract(config, prepared, resources, observer, run)
     except PhloraError as error:
+        # Parts that vanish have been published and cleaned up by another run of the same extraction.
+        if isinstance(error, NotFoundError) and (standing := _standing(config, prepared)) is not None:
+            return standing
         with contextlib.suppress(PhloraError):  # where storage itself is the error, there is no place to write it down
             run.end({"outcome": "failed", "exit_code": error.exit_code, "error": error.what, "remedy": error.remedy})
         raise
@@ -159,11 +154,18 @@ def _extract(
     return _result(outcome, config, prepared, reduction.rows, reduction.weight_bytes, read, warnings)
 
 
+def _standing(config: RunConfig, prepared: Prepared) -> ExtractResult | None:
+    """The result of an earlier run, where this very adapter stands already."""
+    files = None if config.overwrite else reducer.standing(config.out, prepared.plan)
+    if files is None:
+        return None
+    rows = manifest.read(storage.join(config.out, reducer.MANIFEST))
+    return _result("exists" if adapter.CONFIG in files else "nothing_to_adapt", config, prepared, rows, 0, 0)
+
+
 def _publish(config: RunConfig, prepared: Prepared, reduction: Reduction) -> Outcome:
-    plan, names = (
-        prepared.plan,
-        {"model": storage.basename(config.tuned), "base": prepared.base_name or storage.basename(config.base)},
-    )
+    plan = prepared.plan
+    names = {"model": storage.basename(config.tuned), "base": prepared.base_name or storage.basename(config.base)}
     if config.overwrite:
         reducer.unpublish(config.out)
     if not reduction.layout.slots:

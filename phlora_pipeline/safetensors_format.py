@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ _NOT_WEIGHTS = (
     (b"<!doctype", "an HTML page, not weights", "download it again: an error or login page was saved in its place"),
     (b"<html", "an HTML page, not weights", "download it again: an error or login page was saved in its place"),
     (b"<?xml", "an XML document, not weights", "download it again: a store's error message was saved in its place"),
+    (b"<error", "an XML document, not weights", "download it again: a store's error message was saved in its place"),
     (
         b"pk\x03\x04",
         "a PyTorch pickle (zip), not safetensors; it is never unpickled here",
@@ -151,7 +153,11 @@ def _load_json(header: bytes, url: str) -> dict[str, object]:
     if not header.startswith(b"{"):
         raise _broken(url, f"its header begins with {header[:1]!r}, not with '{{'")
     try:
-        document = json.loads(header.decode("utf-8"), object_pairs_hook=_unique(url), parse_constant=_no_constants)
+        document = json.loads(
+            header.decode("utf-8"), object_pairs_hook=_unique(url), parse_constant=_no_constants, parse_int=_integer
+        )
+        if b"\\u" in header:
+            json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair can be spelt, but not written
     except UnicodeDecodeError as error:
         raise _broken(url, f"its header is not UTF-8 (byte {error.start})") from error
     except (ValueError, RecursionError) as error:
@@ -165,9 +171,8 @@ def _unique(url: str) -> Callable[[list[tuple[str, object]]], dict[str, object]]
     def build(pairs: list[tuple[str, object]]) -> dict[str, object]:
         built = dict(pairs)
         if len(built) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise _broken(url, f"its header holds {twice!r} more than once")
+            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+            raise _broken(url, f"its header holds {_told(twice)} more than once")
         return built
 
     return build
@@ -177,22 +182,32 @@ def _no_constants(text: str) -> float:
     raise ValueError(f"{text} is not JSON")
 
 
+def _integer(text: str) -> float:
+    return int(text) if text != "-0" else -0.0  # the reference library takes it for a float
+
+
+def _told(value: object) -> str:
+    """What a stranger wrote, for a message: quoted, and not at its full 16 MiB."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
 def _entry(name: str, value: object, data_start: int, url: str) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise _broken(url, f"the entry of {name!r} must have dtype, shape and data_offsets and nothing else")
+        raise _broken(url, f"the entry of {_told(name)} must have dtype, shape and data_offsets and nothing else")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _broken(url, f"{name!r} has the unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
-        raise _broken(url, f"{name!r} has the impossible shape {shape!r}")
+        raise _broken(url, f"{_told(name)} has the unknown dtype {_told(dtype)}")
+    if not isinstance(shape, list) or not all(_is_count(size) for size in shape) or not _is_countable(shape):
+        raise _broken(url, f"{_told(name)} has the impossible shape {_told(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
-        raise _broken(url, f"{name!r} has the impossible data_offsets {offsets!r}")
+        raise _broken(url, f"{_told(name)} has the impossible data_offsets {_told(offsets)}")
     start, stop = offsets
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or stop - start != bits // 8:
         raise _broken(
             url,
-            f"{name!r} of shape {shape} in {dtype} needs {bits / 8:.0f} bytes, its data_offsets {offsets} span {stop - start}",
+            f"{_told(name)} of shape {_told(shape)} in {dtype} needs {bits / 8:.15g} bytes, its data_offsets {offsets} span {stop - start}",
         )
     return Entry(dtype, tuple(shape), data_start + start, data_start + stop)
 
@@ -201,12 +216,22 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
+def _is_countable(shape: list[int]) -> bool:
+    """Whether no product on the way exceeds 63 bits: a header can spell a number of a million digits."""
+    count = 1
+    for size in shape:
+        count *= size
+        if count >= 2**63:
+            return False
+    return True
+
+
 def _require_seamless(entries: Mapping[str, Entry], data_start: int, file_size: int, url: str) -> None:
     position = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != position:
             fault = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
-            raise _broken(url, f"{name!r} {fault}: it starts at byte {entry.start}, expected {position}")
+            raise _broken(url, f"{_told(name)} {fault}: it starts at byte {entry.start}, expected {position}")
         position = entry.stop
     if position != file_size:
         fault = "it is truncated" if position > file_size else "something follows them"

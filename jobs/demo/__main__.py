@@ -13,7 +13,9 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported: its threads wait busily by default, which on a shared machine costs more than it gains.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -88,8 +90,10 @@ def quiet_libraries() -> None:
     """No progress bars and notes of libraries between the demo's own lines."""
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    settings: Any = logging
+    settings.set_verbosity_error()
+    settings.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # peft and transformers about each other's names
 
 
 def say(line: str) -> None:

@@ -60,11 +60,13 @@ def convert(pickle: Path, out: Path) -> Done:
 
 def _phlora(*arguments: str, expect: int = 0) -> Done:
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "phlora_pipeline", *arguments], stdout=subprocess.PIPE, text=True, check=False
-    )
+    # An error that is expected is nothing to alarm the reader with.
+    stderr = subprocess.PIPE if expect else None
+    command = [sys.executable, "-m", "phlora_pipeline", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, check=False)
     seconds = time.monotonic() - start
     if done.returncode != expect:
+        print(done.stderr or "", end="", file=sys.stderr)
         what = f"`phlora {' '.join(arguments)}` ended with exit code {done.returncode}, expected {expect}"
         raise DemoError(what, remedy="its own message stands above")
     try:

@@ -1,7 +1,6 @@
 """S3 and what speaks like it: every byte that is read carries `If-Match`, every object is created by `If-None-Match`.
 
-Two clients, one configuration. s3fs lists and deletes, and is where a user's fsspec settings live; the bytes go through
-boto3, because s3fs sends no `If-Match` on ranged reads (an object replaced mid-read comes back as a mixture), maps a
+Two clients, one configuration. s3fs lists, and is where a user's fsspec settings live; the bytes go through boto3, because s3fs sends no `If-Match` on ranged reads (an object replaced mid-read comes back as a mixture), maps a
 failed precondition to `OSError(22)`, and costs twice the processor time per byte. Retries happen here and nowhere
 below: both clients are told to try once.
 """
