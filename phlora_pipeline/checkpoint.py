@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from phlora_pipeline import safetensors_format, storage
-from phlora_pipeline.errors import CheckpointError, NotFoundError
+from phlora_pipeline.errors import CheckpointError, NotFoundError, one_line, quoted
 from phlora_pipeline.safetensors_format import Header
 from phlora_pipeline.storage import ByteRange, ObjectInfo
 
@@ -127,7 +128,7 @@ def open_file(url: str) -> tuple[dict[str, TensorRef], Mapping[str, str]]:
     """
     info = storage.stat(url)
     if info is None:
-        raise NotFoundError(f"{url} is not there")
+        raise NotFoundError(f"{url} is not there", remedy="check the path, or write it again")
     header, _ = _read_header(info)
     return {ref.name: ref for ref in _refs(info, header)}, header.metadata
 
@@ -186,25 +187,30 @@ def _read_index(url: str, files: Mapping[str, ObjectInfo]) -> dict[str, str]:
     """`weight_map`, each shard name confined to this folder; empty where there is no index."""
     if INDEX not in files:
         return {}
-    index = _read_json(files[INDEX])
-    weight_map = index.get("weight_map")
+    weight_map = _read_json(files[INDEX], _no_duplicates).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{files[INDEX].url} has no weight_map", remedy="download or write it again")
     if len(weight_map) > safetensors_format.MAX_TENSORS:
         raise CheckpointError(
-            f"{files[INDEX].url} lists {len(weight_map)} tensors; at most {safetensors_format.MAX_TENSORS} are accepted"
+            f"{files[INDEX].url} lists {len(weight_map)} tensors; at most {safetensors_format.MAX_TENSORS} are accepted",
+            remedy="do not use this checkpoint before you know who wrote it",
         )
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not _SAFE_NAME.fullmatch(shard):
             raise CheckpointError(
-                f"{files[INDEX].url} sends {tensor!r} to {shard!r}, which is not a plain file name in its own folder",
+                f"{files[INDEX].url} sends {quoted(tensor)} to {quoted(shard)}, which is not a plain file name in its own folder",
                 remedy="do not use this checkpoint before you know who wrote it",
             )
         if shard not in files:
             raise NotFoundError(
-                f"{storage.join(url, shard)} is missing: {INDEX} places {tensor!r} there",
+                f"{storage.join(url, shard)} is missing: {INDEX} places {quoted(tensor)} there",
                 remedy="wait for the upload to finish, or fetch the shard",
             )
+    if "model.safetensors" in files and "model.safetensors" not in weight_map.values():
+        raise CheckpointError(
+            f"{url} holds model.safetensors as well as {INDEX} with other shards: which of the two is stale?",
+            remedy="remove the stale one, or name the file itself",
+        )
     return weight_map
 
 
@@ -220,17 +226,17 @@ def _assemble(
                 continue  # the index says that another shard's copy counts
             if ref.name in tensors:
                 raise CheckpointError(
-                    f"{url} holds {ref.name!r} in two shards: {tensors[ref.name].url} and {ref.url}",
+                    f"{url} holds {quoted(ref.name)} in two shards: {tensors[ref.name].url} and {ref.url}",
                     remedy="remove the stale shard or the stale index",
                 )
             tensors[ref.name] = ref
     for name, shard in weight_map.items():
         if name not in tensors:
             raise CheckpointError(
-                f"{storage.join(url, shard)} has no {name!r}, though {INDEX} places it there",
+                f"{storage.join(url, shard)} has no {quoted(name)}, though {INDEX} places it there",
                 remedy="fetch the shard and the index from the same version",
             )
-    config = _read_json(files["config.json"]) if "config.json" in files else {}
+    config = _read_config(files["config.json"]) if "config.json" in files else {}
     return Checkpoint(url, tensors, config, _fingerprint(files, shards, digests))
 
 
@@ -258,14 +264,34 @@ def _read(info: ObjectInfo, start: int, stop: int) -> bytes:
     return bytes(data)
 
 
-def _read_json(info: ObjectInfo) -> dict[str, Any]:
+def _read_config(info: ObjectInfo) -> dict[str, Any]:
+    config = _read_json(info)
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise CheckpointError(
+            f"{info.url} has architectures that are not a list of names", remedy="download or write it again"
+        )
+    return config
+
+
+def _read_json(info: ObjectInfo, build: Callable[[list[tuple[str, Any]]], dict[str, Any]] = dict) -> dict[str, Any]:
     try:
-        document = json.loads(storage.read_object(info, limit=_SMALL_FILE))
+        document = json.loads(storage.read_object(info, limit=_SMALL_FILE), object_pairs_hook=build)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{info.url} is not JSON: {error}", remedy="download or write it again") from error
+        raise CheckpointError(
+            f"{info.url} is not JSON: {one_line(error)}", remedy="download or write it again"
+        ) from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{info.url} is not a JSON object", remedy="download or write it again")
     return document
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    built = dict(pairs)
+    if len(built) != len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{quoted(twice)} is there more than once")
+    return built
 
 
 def _fingerprint(files: Mapping[str, ObjectInfo], shards: Sequence[str], headers: Mapping[str, str]) -> str:

@@ -80,7 +80,9 @@ class RunConfig(BaseModel):
             raise ValueError(f"max_rank must be between rank ({self.rank}) and {MAX_RANK}, got {self.max_rank}")
         for name in ("base", "tuned"):
             source = getattr(self, name)
-            if self.out == source or self.out.startswith(source + "/"):
+            # A checkpoint given as a file: its folder would become an adapter, and a checkpoint no more.
+            folder = source.rpartition("/")[0] if source.endswith(".safetensors") else source
+            if self.out in {source, folder} or self.out.startswith(source + "/"):
                 raise ValueError(f"the output {self.out} lies inside the {name} checkpoint {source}")
         return self
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,18 +20,20 @@ from typing import Any
 import torch
 
 from phlora_pipeline import storage
-from phlora_pipeline.errors import CheckpointError, ConflictError, NotFoundError, RequestError
+from phlora_pipeline.errors import CheckpointError, ConflictError, NotFoundError, RequestError, one_line
 from phlora_pipeline.storage.urls import scheme
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _INDEX = "pytorch_model.bin.index.json"
+_WEIGHTS = "model.safetensors"
 _SAFE_TORCH = (2, 10)
+_AUTHOR = "have its author save a plain state_dict"
 _KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS", "SYSTEMROOT")
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What a conversion wrote: where, how many tensors, and the entries that were no tensors."""
+    """What a conversion wrote: where, how many tensors, and the entries that are none or lie outside the state dict."""
 
     out: str
     tensors: int
@@ -56,25 +58,30 @@ def convert(source: str, out: str) -> Converted:
             )
     source, out = storage.normalize(source), storage.normalize(out)
     files = _pickles(source)
-    target = Path(out)
-    if (target / "model.safetensors").exists():
-        raise ConflictError(f"{target / 'model.safetensors'} is there already", remedy="choose another output folder")
+    if storage.stat(storage.join(out, _WEIGHTS)) is not None:
+        raise _standing(storage.join(out, _WEIGHTS))
     storage.require_writable(out)
-    with tempfile.TemporaryDirectory(prefix="phlora-convert-") as scratch:
-        written = Path(scratch) / "model.safetensors"
+    # Beside the result: the system's temporary folder may be small, or memory.
+    beside = next(folder for folder in (Path(out), *Path(out).parents) if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".phlora-convert-", dir=beside) as scratch:
+        written = Path(scratch) / _WEIGHTS
         report = _in_child(files, written)
-        target.mkdir(parents=True, exist_ok=True)
         config = Path(source) / "config.json"
-        if Path(source).is_dir() and config.exists():
-            shutil.copyfile(config, target / "config.json")
+        if config.is_file():
+            _put(out, "config.json", config)
+        _put(out, _WEIGHTS, written)
         size = written.stat().st_size
-        outcome = storage.put_new(str(target / "model.safetensors"), lambda: _chunks(written), size=size)
-    if outcome == "different":
-        raise ConflictError(
-            f"{target / 'model.safetensors'} appeared meanwhile, with other content",
-            remedy="choose another output folder",
-        )
     return Converted(out, int(report["tensors"]), size, tuple(report["dropped"]))
+
+
+def _put(out: str, name: str, file: Path) -> None:
+    url = storage.join(out, name)
+    if storage.put_new(url, lambda: _chunks(file), size=file.stat().st_size) == "different":
+        raise _standing(url)
+
+
+def _standing(url: str) -> ConflictError:
+    return ConflictError(f"{url} is there already", remedy="choose another output folder")
 
 
 def _pickles(source: str) -> list[str]:
@@ -82,13 +89,7 @@ def _pickles(source: str) -> list[str]:
     if path.is_file():
         return [str(path)]
     if (path / _INDEX).is_file():
-        names = sorted(set(json.loads((path / _INDEX).read_text())["weight_map"].values()))
-        unsafe = [name for name in names if Path(name).name != name]
-        if unsafe:
-            raise CheckpointError(
-                f"{path / _INDEX} names {unsafe[0]!r}, which is not a plain file name in its own folder"
-            )
-        return [str(path / name) for name in names]
+        return [str(path / name) for name in _shards(path / _INDEX)]
     if (path / "pytorch_model.bin").is_file():
         return [str(path / "pytorch_model.bin")]
     raise NotFoundError(
@@ -97,53 +98,97 @@ def _pickles(source: str) -> list[str]:
     )
 
 
+def _shards(index: Path) -> list[str]:
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        there = {entry.name for entry in index.parent.iterdir() if entry.is_file()}
+        absent = [name for name in names if name not in there]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is not an index of shards: {one_line(error)}", remedy="download or write it again"
+        ) from error
+    # Names of files in the index's own folder, and nothing else: `../x` is not among them.
+    if absent or not names:
+        raise NotFoundError(
+            f"{index} names no shard that lies in its own folder as {absent[0]!r}" if absent else f"{index} is empty",
+            remedy="fetch the shard, and do not use an index that points elsewhere",
+        )
+    return names
+
+
 def _in_child(files: list[str], written: Path) -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name in _KEPT_ENVIRONMENT}
     command = [sys.executable, "-m", "phlora_pipeline.convert", str(written), *files]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603  # our own module
-    if done.returncode:
+    try:
+        report = dict(json.loads(done.stdout))
+    except ValueError as error:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise CheckpointError(
-            f"{files[0]} could not be unpickled safely: {last[:300]}",
-            remedy="it holds more than tensors: have its author save a state_dict",
-        )
-    return dict(json.loads(done.stdout))
+            f"{files[0]} could not be converted: {last[:300]}", remedy="see whether memory and disk suffice for it"
+        ) from error
+    if "refused" in report:
+        raise CheckpointError(str(report["refused"]), remedy=str(report["remedy"]))
+    return report
 
 
-def _child(written: str, files: list[str]) -> None:
+def _child(written: str, files: list[str]) -> dict[str, Any]:
     """What the child process does: unpickle restrictedly, flatten, save."""
     from safetensors.torch import save_file
 
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _SAFE_TORCH:
-        raise SystemExit(
-            f"torch {torch.__version__} unpickles unsafely even with weights_only (CVE-2026-24747); convert needs 2.10 or newer"
+        raise CheckpointError(
+            f"torch {torch.__version__} unpickles unsafely even with weights_only (CVE-2026-24747)",
+            remedy="install torch 2.10 or newer",
         )
     tensors: dict[str, torch.Tensor] = {}
-    dropped: list[str] = []
+    dropped: set[str] = set()
     for file in files:
-        loaded = _state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        loaded, beside = _state_dict(_load(file), file)
+        dropped |= beside
         for name, value in loaded.items():
-            if isinstance(value, torch.Tensor):
-                # A copy: tied and sliced tensors share memory in a pickle, and must not in safetensors.
-                tensors[name] = value.detach().clone().contiguous()
+            if not isinstance(value, torch.Tensor):
+                dropped.add(str(name))
+            elif str(name) in tensors:
+                raise CheckpointError(f"{file} holds {name!r} again", remedy="fetch all shards of one version")
             else:
-                dropped.append(name)
+                # A copy: tied and sliced tensors share memory in a pickle, and must not in safetensors.
+                tensors[str(name)] = value.detach().clone().contiguous()
     if not tensors:
-        raise SystemExit("it holds no tensors")
+        raise CheckpointError(f"{files[0]} holds no tensors", remedy=_AUTHOR)
     save_file(tensors, written, metadata={"format": "pt"})
-    print(json.dumps({"tensors": len(tensors), "dropped": sorted(dropped)}))
+    return {"tensors": len(tensors), "dropped": sorted(dropped)}
 
 
-def _state_dict(loaded: object) -> Mapping[str, Any]:
-    """The mapping from names to tensors, where training code has wrapped it once."""
-    for _ in range(2):
+def _load(file: str) -> object:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the bytes have led the unpickler to
+        text = str(error)
+        wanted = re.search(r"GLOBAL (\S+)", text)
+        if wanted:
+            raise CheckpointError(f"{file} wants to run {wanted[1]}, and was refused", remedy=_AUTHOR) from error
+        # Of torch's paragraphs, the line that says what was wrong with the bytes.
+        reason = re.search(r"Unsupported .*", text)
+        told = reason[0] if reason else one_line(error) or "it ends too early"
+        raise CheckpointError(
+            f"{file} cannot be unpickled: {type(error).__name__}: {told}",
+            remedy="see whether it is whole, and a PyTorch file",
+        ) from error
+
+
+def _state_dict(loaded: object, file: str) -> tuple[Mapping[Any, Any], set[str]]:
+    """The mapping from names to tensors, where training code has wrapped it, and what lay beside it."""
+    beside: set[str] = set()
+    for _ in range(3):
         if not isinstance(loaded, Mapping):
-            raise SystemExit(f"it holds a {type(loaded).__name__}, not a state dict")
-        inner = next((loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), Mapping)), None)
-        if inner is None:
-            return {str(name): value for name, value in loaded.items()}
-        loaded = inner
-    raise SystemExit("its state dict is wrapped more than twice")
+            raise CheckpointError(f"{file} holds a {type(loaded).__name__}, not a state dict", remedy=_AUTHOR)
+        wrapper = next((key for key in _WRAPPERS if isinstance(loaded.get(key), Mapping)), None)
+        if wrapper is None:
+            return loaded, beside
+        beside |= {str(name) for name in loaded if name != wrapper}
+        loaded = loaded[wrapper]
+    raise CheckpointError(f"{file} holds a state dict that is wrapped more than twice", remedy=_AUTHOR)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
@@ -153,4 +198,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 if __name__ == "__main__":
-    _child(sys.argv[1], sys.argv[2:])
+    try:
+        print(json.dumps(_child(sys.argv[1], sys.argv[2:])))
+    except CheckpointError as refusal:
+        print(json.dumps({"refused": refusal.what, "remedy": refusal.remedy}))

@@ -34,12 +34,6 @@ def _rebuild(kind: type[PhloraError], what: str, remedy: str) -> PhloraError:
     return kind(what, remedy=remedy)
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """What a foreign error says, in one line: clients print whole paragraphs."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= limit else f"{text[:limit]} …"
-
-
 class RequestError(PhloraError):
     """The request is wrong: nothing was written."""
 
@@ -96,3 +90,15 @@ class DeviceError(PhloraError):
     """The device that was asked for is not there or cannot be used."""
 
     exit_code = 14
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What a foreign error says, in one line: clients print whole paragraphs."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else f"{text[:limit]} …"
+
+
+def quoted(value: object, limit: int = 100) -> str:
+    """What a stranger wrote, in quotes, for a message: not at its full length, which can be megabytes."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}…"

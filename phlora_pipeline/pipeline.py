@@ -159,6 +159,8 @@ def _standing(config: RunConfig, prepared: Prepared) -> ExtractResult | None:
     files = None if config.overwrite else reducer.standing(config.out, prepared.plan)
     if files is None:
         return None
+    if not config.keep_parts:
+        reducer.drop_parts(prepared.plan)  # of a run that was killed after its commit
     rows = manifest.read(storage.join(config.out, reducer.MANIFEST))
     return _result("exists" if adapter.CONFIG in files else "nothing_to_adapt", config, prepared, rows, 0, 0)
 

@@ -181,13 +181,12 @@ def unpublish(out: str) -> None:
 
 
 def drop_parts(plan: Plan) -> None:
-    """Remove the parts of a plan whose adapter stands."""
-    for task in plan.tasks:
-        storage.delete(task.part_url)
-    if plan.tasks:
-        folder = plan.tasks[0].part_url.rpartition("/")[0]
-        storage.drop_empty_folder(folder)
-        storage.drop_empty_folder(folder.rpartition("/")[0])
+    """Remove the parts of a plan whose adapter stands, where there are any."""
+    folder = plan.tasks[0].part_url.rpartition("/")[0]
+    for part in storage.list_folder(folder):
+        storage.delete(part.url)
+    storage.drop_empty_folder(folder)
+    storage.drop_empty_folder(folder.rpartition("/")[0])
 
 
 def weights(reduction: Reduction, plan: Plan) -> tuple[bytes, parts.Body]:
@@ -221,7 +220,7 @@ def _measured_row(row: EnergyRow, result: TensorResult, plan: Plan, layout: Layo
     filled = row.module in layout.zero_filled
     status: manifest.Status = "zero_filled" if filled else "skipped" if changed else "unchanged"
     reason = plan.left_out.get(row.tensor, "") if changed else "no entry differs" if filled else ""
-    if plan.tied and row.module == plan.tied[1]:
+    if changed and plan.tied and row.module == plan.tied[1]:
         status = "adapted"
     return replace(
         row,

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from phlora_pipeline.errors import CheckpointError
+from phlora_pipeline.errors import CheckpointError, one_line, quoted
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 200_000
@@ -161,7 +161,7 @@ def _load_json(header: bytes, url: str) -> dict[str, object]:
     except UnicodeDecodeError as error:
         raise _broken(url, f"its header is not UTF-8 (byte {error.start})") from error
     except (ValueError, RecursionError) as error:
-        raise _broken(url, f"its header is not JSON: {error}") from error
+        raise _broken(url, f"its header is not JSON: {one_line(error)}") from error
     if not isinstance(document, dict):
         raise _broken(url, "its header is not a JSON object")
     return document
@@ -172,7 +172,7 @@ def _unique(url: str) -> Callable[[list[tuple[str, object]]], dict[str, object]]
         built = dict(pairs)
         if len(built) != len(pairs):
             [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-            raise _broken(url, f"its header holds {_told(twice)} more than once")
+            raise _broken(url, f"its header holds {quoted(twice)} more than once")
         return built
 
     return build
@@ -186,28 +186,22 @@ def _integer(text: str) -> float:
     return int(text) if text != "-0" else -0.0  # the reference library takes it for a float
 
 
-def _told(value: object) -> str:
-    """What a stranger wrote, for a message: quoted, and not at its full 16 MiB."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}…"
-
-
 def _entry(name: str, value: object, data_start: int, url: str) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise _broken(url, f"the entry of {_told(name)} must have dtype, shape and data_offsets and nothing else")
+        raise _broken(url, f"the entry of {quoted(name)} must have dtype, shape and data_offsets and nothing else")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _broken(url, f"{_told(name)} has the unknown dtype {_told(dtype)}")
+        raise _broken(url, f"{quoted(name)} has the unknown dtype {quoted(dtype)}")
     if not isinstance(shape, list) or not all(_is_count(size) for size in shape) or not _is_countable(shape):
-        raise _broken(url, f"{_told(name)} has the impossible shape {_told(shape)}")
+        raise _broken(url, f"{quoted(name)} has the impossible shape {quoted(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
-        raise _broken(url, f"{_told(name)} has the impossible data_offsets {_told(offsets)}")
+        raise _broken(url, f"{quoted(name)} has the impossible data_offsets {quoted(offsets)}")
     start, stop = offsets
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or stop - start != bits // 8:
         raise _broken(
             url,
-            f"{_told(name)} of shape {_told(shape)} in {dtype} needs {bits / 8:.15g} bytes, its data_offsets {offsets} span {stop - start}",
+            f"{quoted(name)} of shape {quoted(shape)} in {dtype} needs {bits / 8:.15g} bytes, its data_offsets {offsets} span {stop - start}",
         )
     return Entry(dtype, tuple(shape), data_start + start, data_start + stop)
 
@@ -231,7 +225,7 @@ def _require_seamless(entries: Mapping[str, Entry], data_start: int, file_size: 
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != position:
             fault = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
-            raise _broken(url, f"{_told(name)} {fault}: it starts at byte {entry.start}, expected {position}")
+            raise _broken(url, f"{quoted(name)} {fault}: it starts at byte {entry.start}, expected {position}")
         position = entry.stop
     if position != file_size:
         fault = "it is truncated" if position > file_size else "something follows them"

@@ -84,13 +84,13 @@ def verify(
     base, tuned = open_checkpoint(base_url), open_checkpoint(tuned_url)
     folder = storage.normalize(adapter_url)
     config = _config(folder)
-    scale = _scale(config, folder)
+    rank, scale = _rank_and_scale(config, folder)
     tensors, _ = open_file(storage.join(folder, adapter.WEIGHTS))
-    pairs, problems = _pairs(tensors)
+    pairs, problems = _pairs(tensors, rank)
     promised = _promises(folder)
     problems += _key_problems(pairs, config, base, promised)
     measured = [
-        _check(module, pair, base, tuned, promised.get(module), scale, tolerance, torch.device(device))
+        _check(module, pair, base, tuned, promised, scale, tolerance, torch.device(device))
         for module, pair in sorted(pairs.items())
     ]
     kept, total = math.fsum(kept for _, kept, _ in measured), math.fsum(total for _, _, total in measured)
@@ -113,18 +113,20 @@ def _config(folder: str) -> dict[str, Any]:
     return config
 
 
-def _scale(config: Mapping[str, Any], folder: str) -> float:
+def _rank_and_scale(config: Mapping[str, Any], folder: str) -> tuple[int, float]:
     for name in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save"):
         if config.get(name):
             raise RequestError(
                 f"{folder} uses {name}, which verify does not measure",
                 remedy="verify adapters of one rank, as phlora extract writes them",
             )
-    r = int(config["r"])
-    return float(config["lora_alpha"]) / (math.sqrt(r) if config.get("use_rslora") else r)
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float):
+        raise RequestError(f"{folder}/{adapter.CONFIG} has r {r!r} and lora_alpha {alpha!r}: no rank and scale")
+    return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
-def _pairs(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, _Pair], list[str]]:
+def _pairs(tensors: Mapping[str, TensorRef], rank: int) -> tuple[dict[str, _Pair], list[str]]:
     sides: dict[str, dict[str, TensorRef]] = {}
     problems = []
     for key, ref in tensors.items():
@@ -135,11 +137,14 @@ def _pairs(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, _Pair], list[str
             sides.setdefault(match["module"], {})[match["embedding"] or match["linear"]] = ref
     pairs = {}
     for module, found in sides.items():
-        if set(found) in ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"}):
-            down, up = (found[name] for name in sorted(found))
+        if set(found) not in ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"}):
+            problems.append(f"{module} has {', '.join(sorted(found))} without its counterpart")
+            continue
+        down, up = (found[name] for name in sorted(found))
+        if (down.shape[:1], up.shape[1:]) == ((rank,), (rank,)):
             pairs[module] = _Pair(down, up, embedding="lora_embedding_A" in found)
         else:
-            problems.append(f"{module} has {', '.join(sorted(found))} without its counterpart")
+            problems.append(f"{module} has {list(down.shape)} and {list(up.shape)}, {adapter.CONFIG} says rank {rank}")
     return pairs, problems
 
 
@@ -178,14 +183,14 @@ def _check(
     pair: _Pair,
     base: Checkpoint,
     tuned: Checkpoint,
-    row: EnergyRow | None,
+    promised: Mapping[str, EnergyRow],
     scale: float,
     tolerance: float,
     device: torch.device,
 ) -> tuple[ModuleCheck, float, float]:
     """The check, the energy that the pair keeps, and that of the module's ΔW."""
     name = f"{module}.weight"
-    if name not in base.tensors:  # a tied output has no tensor of its own: its input has the delta
+    if name not in base.tensors:  # a tied output has no tensor of its own: its input has the delta, and the promise
         name = next(
             (
                 other
@@ -194,34 +199,31 @@ def _check(
             ),
             name,
         )
+    row = promised.get(targets.module_of(name))
     before, after = base.tensors.get(name), tuned.tensors.get(name)
     if before is None or after is None or before.shape != after.shape or len(before.shape) != 2:
-        return ModuleCheck(module, None, None, "the checkpoints hold no comparable matrix of this name"), 0.0, 0.0
+        return _unmeasured(module, "the checkpoints hold no comparable matrix of this name")
     down, up = (tensor.to(device, torch.float32) for tensor in read_tensors([pair.down, pair.up]))  # (r, in), (out, r)
-    turned = pair.embedding or (up.shape[0], down.shape[1]) != before.shape
+    turned = pair.embedding or targets.is_transposed(module, tuned.model_type or base.model_type)
     product = (down.mT, up.mT) if turned else (up, down)
-    if down.shape[0] != up.shape[1] or (product[0].shape[0], product[1].shape[1]) != before.shape:
-        return (
-            ModuleCheck(
-                module,
-                None,
-                None,
-                f"the pair {list(down.shape)}, {list(up.shape)} does not fit the weight {list(before.shape)}",
-            ),
-            0.0,
-            0.0,
+    if (product[0].shape[0], product[1].shape[1]) != before.shape:
+        return _unmeasured(
+            module, f"the pair {list(down.shape)}, {list(up.shape)} does not fit the weight {list(before.shape)}"
         )
+    if row and row.status in {"zero_filled", "failed"}:
+        is_zero = not (down.any() and up.any())
+        return _unmeasured(module, "" if is_zero else f"the manifest says {row.status}, but the pair is not zero")
     delta = torch.empty(before.shape, dtype=torch.float32, device=device)
     stored = read_tensors([before, after])
     total = float(lowrank.form_delta(stored[0], stored[1], delta)[2])
     left = float(lowrank.sum_of_squares(delta.addmm_(*product, alpha=-scale)))
     energy = 1 - left / total if total else None
-    promised = row.written_energy if row else None
-    return (
-        ModuleCheck(module, energy, promised, _energy_problem(energy, left, promised, tolerance)),
-        total - left,
-        total,
-    )
+    word = row.written_energy if row else None
+    return ModuleCheck(module, energy, word, _energy_problem(energy, left, word, tolerance)), total - left, total
+
+
+def _unmeasured(module: str, problem: str) -> tuple[ModuleCheck, float, float]:
+    return ModuleCheck(module, None, None, problem), 0.0, 0.0
 
 
 def _energy_problem(energy: float | None, left: float, promised: float | None, tolerance: float) -> str:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 GATED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 32}
-MOE = {**GATED, "num_hidden_layers": 2, "num_experts_per_tok": 2}
+EXPERTS = {**GATED, "num_experts_per_tok": 2, "tie_word_embeddings": False}
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: _build("Llama", "ForCausalLM", **GATED, tie_word_embeddings=False),
@@ -22,20 +23,18 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2": lambda: _build("Qwen2", "ForCausalLM", **GATED, tie_word_embeddings=False),
     "bert": lambda: _build("Bert", "ForTokenClassification", **SIZES, intermediate_size=48, max_position_embeddings=32),
     "gpt2": lambda: _build("GPT2", "LMHeadModel", n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32),
-    "mixtral": lambda: _build("Mixtral", "ForCausalLM", **MOE, num_local_experts=4, tie_word_embeddings=False),
-    "qwen3-moe": lambda: _build(
-        "Qwen3Moe", "ForCausalLM", **MOE, head_dim=8, num_experts=4, moe_intermediate_size=24, tie_word_embeddings=False
-    ),
-}
+    "mixtral": lambda: _build("Mixtral", "ForCausalLM", **EXPERTS, num_local_experts=4),
+    "qwen3-moe": lambda: _build("Qwen3Moe", "ForCausalLM", **EXPERTS, head_dim=8, num_experts=4, moe_intermediate_size=24),
+}  # fmt: skip
 
 
 def _build(family: str, head: str, **settings: object) -> PreTrainedModel:
-    """A model of the same random weights at every call, ready to be compared: no dropout."""
+    """The same random weights at every call; `eval`, since dropout cannot be compared."""
     config = getattr(transformers, f"{family}Config")(**settings)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model = getattr(transformers, family + head)(config)
-    # Weights of real size: at the default 0.02 the layers hardly matter beside the residual stream.
+        model: PreTrainedModel = getattr(transformers, family + head)(config)
+    # Weights of a trained model's size: with the initial 0.02 the layers hardly count beside the residual stream.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
@@ -43,10 +42,12 @@ def _build(family: str, head: str, **settings: object) -> PreTrainedModel:
     return model.eval()
 
 
-def fine_tuned(base: PreTrainedModel, *, scale: float = 0.05, where: Callable[[str, Tensor], bool] = lambda *_: True) -> PreTrainedModel:
-    """A copy in which every parameter that `where` chooses has moved."""
+def moved(
+    base: PreTrainedModel, *, where: Callable[[str, Tensor], bool], scale: float = 0.05, seed: int = 11
+) -> PreTrainedModel:
+    """A copy in which every parameter that `where` chooses by name and value is another one."""
     tuned = copy.deepcopy(base)
-    generator = torch.Generator().manual_seed(11)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if where(name, parameter):
@@ -54,14 +55,40 @@ def fine_tuned(base: PreTrainedModel, *, scale: float = 0.05, where: Callable[[s
     return tuned
 
 
-def is_matrix(_name: str, parameter: Tensor) -> bool:
-    """Weights that have a low-rank form, those of fused experts among them."""
+def everything(_name: str, _parameter: Tensor) -> bool:
+    return True
+
+
+def matrices(_name: str, parameter: Tensor) -> bool:
+    """What has a low-rank form; fused experts are stacks of matrices in memory, and matrices on disk."""
     return parameter.ndim >= 2
+
+
+def save(model: PreTrainedModel, folder: Path) -> Path:
+    """As everybody saves a model."""
+    model.save_pretrained(folder)
+    return folder
+
+
+def with_tensors_of(base: Path, tuned: Path, names: Iterable[str], out: Path) -> Path:
+    """The base's checkpoint with some of the fine-tune's tensors in it, by their names on disk."""
+    out.mkdir()
+    (out / "config.json").write_bytes((base / "config.json").read_bytes())
+    tensors, others = load_file(base / "model.safetensors"), load_file(tuned / "model.safetensors")
+    save_file(
+        {**tensors, **{name: others[name] for name in names}}, out / "model.safetensors", metadata={"format": "pt"}
+    )
+    return out
+
+
+def adapted(base: PreTrainedModel, adapter: Path) -> PeftModel:
+    """The base with the adapter, by PEFT's own loader, unmerged; the base given stays as it is."""
+    return PeftModel.from_pretrained(copy.deepcopy(base), str(adapter)).eval()
 
 
 @torch.no_grad()
 def outputs(model: nn.Module) -> Tensor:
-    """Logits on fixed tokens, each of the vocabulary once."""
+    """Logits on fixed tokens: each of the vocabulary once."""
     vocabulary = model.config.vocab_size
     tokens = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(5)).reshape(4, -1)
     return model(input_ids=tokens).logits

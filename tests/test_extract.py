@@ -156,7 +156,7 @@ def test_a_source_replaced_since_planning_is_an_error_and_leaves_no_part(
     file.write_bytes(data)  # even the same bytes: nobody can know that without reading all of them
     if ahead:
         worker._start_reading(plan.tasks[0])
-    with pytest.raises(SourceChangedError, match="was replaced"):
+    with pytest.raises(SourceChangedError, match="no longer what was planned"):
         worker.run(plan.tasks[0])
     assert not Path(plan.tasks[0].part_url).exists()
 

@@ -2,8 +2,8 @@
 
 Prepare what is not there yet, extract by the `phlora` command, verify its bytes, load the adapter by PEFT and score it
 beside the base and the full fine-tune. At the end a pair that is none, which must be refused. Exit codes: 0 all as it
-should be · 1 an adapter is further from its fine-tune than promised, or the pair that is none was accepted · 2 the demo
-could not go on.
+should be · 1 an adapter is further from its fine-tune than promised · 2 the demo could not go on, or a step of it did not
+do what it has to.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: its threads wait busily by default, which on a shared machine costs more than it gains.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if __name__ == "__main__":
+    # Before torch is imported: its threads wait busily by default, which on a shared machine costs more than it gains.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all that is needed is on disk
 
 from phlora_pipeline import manifest
 from phlora_pipeline.summary import summarize
@@ -110,11 +111,15 @@ def main() -> int:
         default=Path(".demo"),
         help="where downloads, checkpoints and adapters lie (default: %(default)s)",
     )
+    root = parser.parse_args().dir
     try:
-        return run(parser.parse_args().dir)
+        return run(root)
     except DemoError as error:
-        print(f"error: {error.what}\n  fix: {error.remedy}", file=sys.stderr)
-        return 2
+        what, remedy = error.what, error.remedy
+    except OSError as error:
+        what, remedy = str(error), f"{root} must be writable, on a disk with 600 MB free; --dir names another folder"
+    print(f"error: {what}\n  fix: {remedy}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

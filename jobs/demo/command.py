@@ -68,7 +68,9 @@ def _phlora(*arguments: str, expect: int = 0) -> Done:
     if done.returncode != expect:
         print(done.stderr or "", end="", file=sys.stderr)
         what = f"`phlora {' '.join(arguments)}` ended with exit code {done.returncode}, expected {expect}"
-        raise DemoError(what, remedy="its own message stands above")
+        raise DemoError(
+            what, remedy="its own message stands above; what another version has left can be removed by hand"
+        )
     try:
         said = json.loads(done.stdout)
     except ValueError as error:

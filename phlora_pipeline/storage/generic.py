@@ -8,6 +8,7 @@ each other, so writing is refused rather than hoped for.
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from phlora_pipeline.errors import (
     RequestError,
     StorageError,
     UnsupportedStoreError,
+    one_line,
 )
 from phlora_pipeline.storage.base import ByteRange, Chunks, ObjectInfo, PutOutcome
 from phlora_pipeline.storage.local import changed
@@ -34,6 +36,7 @@ _IDENTITY = (
     "mtime",
     "LastModified",
     "last_modified",
+    "Last-Modified",
     "created",
 )
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure", "hf": "hf"}
@@ -64,7 +67,13 @@ class FsspecStore:
                 entries = self._fs.ls(self._path(url), detail=True)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        found = [self._info(entry) for entry in entries if entry["type"] == "file"]
+            # A web server's listing has names only.
+            files = [
+                entry if entry.get("size") is not None else self._fs.info(entry["name"])
+                for entry in entries
+                if entry["type"] == "file"
+            ]
+        found = [self._info(entry) for entry in files]
         return sorted((info for info in found if info.url != url), key=lambda info: info.url)
 
     def stat(self, url: str) -> ObjectInfo | None:
@@ -106,8 +115,12 @@ class FsspecStore:
         return str(self._fs._strip_protocol(url))  # noqa: SLF001  # fsspec's own name for its public service
 
     def _info(self, entry: dict[str, Any]) -> ObjectInfo:
-        etag = next((str(entry[key]) for key in _IDENTITY if entry.get(key)), "")
-        return ObjectInfo(self._fs.unstrip_protocol(entry["name"]), int(entry["size"] or 0), f"{entry['size']}-{etag}")
+        found = next((entry[key] for key in _IDENTITY if entry.get(key)), "")
+        # The same moment is a number in one store's listing, and a datetime in its stat.
+        identity = found.timestamp() if isinstance(found, dt.datetime) else found
+        return ObjectInfo(
+            self._fs.unstrip_protocol(entry["name"]), int(entry["size"] or 0), f"{entry['size']}-{identity}"
+        )
 
     def _read_only(self, url: str) -> PhloraError:
         return UnsupportedStoreError(
@@ -123,9 +136,9 @@ class FsspecStore:
             raise
         except PermissionError as error:
             raise CredentialsError(
-                f"{url}: access denied: {error}", remedy="check the credentials of this store"
+                f"{url}: access denied: {one_line(error)}", remedy="check the credentials of this store"
             ) from error
         except FileNotFoundError as error:
             raise NotFoundError(f"{url} is not there") from error
         except Exception as error:  # every fsspec file system raises its own client's errors
-            raise StorageError(f"{url}: {type(error).__name__}: {error}") from error
+            raise StorageError(f"{url}: {type(error).__name__}: {one_line(error)}") from error

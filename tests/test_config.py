@@ -1,0 +1,81 @@
+"""Settings: what is refused, in one line, before anything is opened."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from phlora_pipeline.config import MAX_RANK, RunConfig, run_config
+from phlora_pipeline.errors import RequestError
+
+PAIR = {"base": "/models/base", "tuned": "/models/tuned", "out": "/adapters/a"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"rank": 0}, "rank must be between 1 and 512, got 0"),
+        ({"rank": -1}, "rank must be between 1 and 512, got -1"),
+        ({"rank": MAX_RANK + 1}, "rank must be between 1 and 512, got 513"),
+        ({"rank": "many"}, "rank: "),
+        ({"rank": 2.5}, "rank: "),
+        ({"rank": 32, "max_rank": 16}, "max_rank must be between rank (32) and 512, got 16"),
+        ({"rank": 32, "max_rank": 513}, "got 513"),
+        ({"rank": 32, "max_rank": -1}, "got -1"),
+        ({"ranks": 3}, "ranks: "),
+        ({"targets": "some"}, "targets: "),
+        ({"dtype": "int8"}, "dtype: "),
+        ({"solver": "magic"}, "solver: "),
+        ({"engine": "spark"}, "engine: "),
+        ({"dialect": "vllm"}, "dialect: "),
+        ({"workers": -1}, "workers: "),
+        ({"threads": -1}, "threads: "),
+        ({"base_name": "/home/me/llama"}, "not a path"),
+        ({"base_name": "./llama"}, "not a path"),
+        ({"base_name": "s3://zoo/llama"}, "not a path"),
+        ({"base": ""}, "not a path or URL: ''"),
+        ({"base": "s3://"}, "not a path or URL: 's3://'"),
+        ({"tuned": "s3:/zoo/tuned"}, "not a path or URL: 's3:/zoo/tuned'"),
+        ({"tuned": "a\0b"}, r"not a path or URL: 'a\x00b'"),
+        ({"out": "/models/base"}, "lies inside the base checkpoint"),
+        ({"out": "/models/base/adapter"}, "lies inside the base checkpoint"),
+        ({"out": "/models/tuned/"}, "lies inside the tuned checkpoint"),
+        ({"tuned": "/models/t.safetensors", "out": "/models"}, "lies inside the tuned checkpoint"),
+        ({"tuned": "s3://zoo/m/t.safetensors", "out": "s3://zoo/m"}, "lies inside the tuned checkpoint"),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_one_line_that_names_it(wrong: dict[str, object], told: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        run_config(**{**PAIR, **wrong})
+    assert told in caught.value.what
+    assert "\n" not in caught.value.what
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("rank", [1, MAX_RANK])
+def test_the_ends_of_the_range_are_in_it(rank: int) -> None:
+    assert run_config(**PAIR, rank=rank).max_rank == rank
+
+
+def test_a_neighbour_of_a_checkpoint_is_not_inside_it() -> None:
+    assert run_config(**{**PAIR, "out": "/models/base-adapter"}).out == "/models/base-adapter"
+    assert run_config(**{**PAIR, "out": "/models"}).out == "/models"
+
+
+def test_places_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.chdir(str(tmp_path))
+    made = run_config(base="base/", tuned="file:///models/tuned/", out="s3://zoo/out/")
+    assert (made.base, made.tuned, made.out) == (os.path.join(str(tmp_path), "base"), "/models/tuned", "s3://zoo/out")
+
+
+def test_the_resolved_form_reads_back() -> None:
+    made = run_config(**PAIR, rank=8, include=("*.q_proj.*",), dtype="bfloat16")
+    assert RunConfig.model_validate(json.loads(made.model_dump_json())) == made
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        run_config(**PAIR).rank = 3
