@@ -442,6 +442,7 @@ def test_a_row_holds_counts_energies_sizes_and_scores(result: table.Result) -> N
         "toy",
         "2",
         "1",
+        "0",
         "1",
         "32.5 %",
         "55.0 %",

@@ -13,7 +13,7 @@ from .pairs import Pair, Scores
 
 RANKS = (8, 16, 32, 64)
 HEADERS = (
-    "model", "adapted", "unchanged", "left out", *(f"E_{rank}" for rank in RANKS),
+    "model", "adapted", "unchanged", "carried", "left out", *(f"E_{rank}" for rank in RANKS),
     "adapter", "checkpoint", "base", "fine-tuned", "base + r32",
 )  # fmt: skip
 
@@ -39,7 +39,7 @@ def cells(result: Result) -> list[str]:
     left_out = summary.skipped + summary.failed
     return [
         result.pair.name,
-        *(str(number) for number in (summary.adapted, summary.unchanged, left_out)),
+        *(str(number) for number in (summary.adapted, summary.unchanged, summary.carried, left_out)),
         *(percent(summary.energy_at.get(rank)) for rank in RANKS),
         size(result.adapter_bytes),
         size(result.checkpoint_bytes),
