@@ -23,10 +23,15 @@ def with_spectrum(d: int, k: int, singular_values: Tensor, *, seed: int = 0) -> 
     return (U * singular_values.double()) @ V.mT
 
 
-def llama_tensors(*, layers: int = 2, hidden: int = 32, kv: int = 16, inner: int = 48, vocab: int = 64) -> dict[str, Tensor]:
+def llama_tensors(
+    *, layers: int = 2, hidden: int = 32, kv: int = 16, inner: int = 48, vocab: int = 64
+) -> dict[str, Tensor]:
     """Tensors of a small GQA Llama, float32, the same at every call."""
     generator = torch.Generator().manual_seed(7)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "lm_head.weight": (vocab, hidden),
+    }
     for layer in range(layers):
         at = f"model.layers.{layer}"
         shapes |= {
@@ -45,7 +50,10 @@ def llama_tensors(*, layers: int = 2, hidden: int = 32, kv: int = 16, inner: int
 def fine_tuned(base: Mapping[str, Tensor], *, scale: float = 0.05, seed: int = 1) -> dict[str, Tensor]:
     """Every tensor moved a little, in its own dtype."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: (value + scale * torch.randn(value.shape, generator=generator)).to(value.dtype) for name, value in base.items()}
+    return {
+        name: (value + scale * torch.randn(value.shape, generator=generator)).to(value.dtype)
+        for name, value in base.items()
+    }
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] = LLAMA, *, shards: int = 1) -> Path:
