@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -198,7 +199,17 @@ def _cluster(ray: Any) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    address = os.environ.get("RAY_ADDRESS", "")
+    try:
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        if port.isdigit():  # Ray itself would go on trying for many minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=20).close()
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    except Exception as error:  # Ray has no type of its own for it, and says it in many
+        raise DeviceError(
+            f"there is no Ray at {address or 'this machine'}: {_words(error)}",
+            remedy="check RAY_ADDRESS, or use --engine local",
+        ) from error
     try:
         yield
     finally:

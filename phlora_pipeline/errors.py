@@ -63,7 +63,7 @@ class ModelFailedError(PhloraError):
 
 
 class SourceChangedError(PhloraError):
-    """A source object was replaced or removed between planning and reading. Running again plans anew."""
+    """A source object was replaced between planning and reading. Running again plans anew."""
 
     exit_code = 3
 

@@ -28,6 +28,24 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 }  # fmt: skip
 
 
+STRANGERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "gpt-neox": lambda: _build("GPTNeoX", "ForCausalLM", **SIZES, intermediate_size=48, max_position_embeddings=32),
+    "mpnet": lambda: _build("MPNet", "ForTokenClassification", **SIZES, intermediate_size=48, max_position_embeddings=40),
+    "opt": lambda: _build(
+        "OPT", "ForCausalLM", **SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=40, pad_token_id=1
+    ),
+    "deberta-v2": lambda: _build(
+        "DebertaV2", "ForTokenClassification", **SIZES, intermediate_size=48, max_position_embeddings=40,
+        relative_attention=True, pos_att_type=["p2c", "c2p"],
+    ),
+    "bert-mlm": lambda: _build("Bert", "ForMaskedLM", **SIZES, intermediate_size=48, max_position_embeddings=32),
+    "dense-beside-experts": lambda: _build(
+        "Qwen3Moe", "ForCausalLM", **EXPERTS, head_dim=8, num_experts=4, moe_intermediate_size=24, mlp_only_layers=[0]
+    ),
+}  # fmt: skip
+"""Architectures in which a name alone misleads."""
+
+
 def _build(family: str, head: str, **settings: object) -> PreTrainedModel:
     """The same random weights at every call; `eval`, since dropout cannot be compared."""
     config = getattr(transformers, f"{family}Config")(**settings)
@@ -81,7 +99,7 @@ def with_tensors_of(base: Path, tuned: Path, names: Iterable[str], out: Path) ->
     return out
 
 
-def adapted(base: PreTrainedModel, adapter: Path) -> PeftModel:
+def adapted(base: nn.Module, adapter: Path) -> PeftModel:
     """The base with the adapter, by PEFT's own loader, unmerged; the base given stays as it is."""
     return PeftModel.from_pretrained(copy.deepcopy(base), str(adapter)).eval()
 

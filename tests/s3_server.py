@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,14 @@ class Server:
     endpoint: str
     process: subprocess.Popen[bytes]
 
-    def client(self, identity: tuple[str, str] = ADMIN) -> Any:
-        """A client of our own, for what others do to the bucket meanwhile."""
+    @cached_property
+    def foreign(self) -> Any:
+        """A client that is not the package's, for what others do to the bucket meanwhile."""
         return boto3.client(
             "s3",
             endpoint_url=self.endpoint,
-            aws_access_key_id=identity[0],
-            aws_secret_access_key=identity[1],
+            aws_access_key_id=ADMIN[0],
+            aws_secret_access_key=ADMIN[1],
             region_name="us-east-1",
             config=Config(retries={"max_attempts": 0}, connect_timeout=5, read_timeout=30),
         )
@@ -78,6 +80,7 @@ class S3:
     client: Any
     prefix: str
     _monkeypatch: pytest.MonkeyPatch = field(repr=False)
+    _strange: bool = False
 
     def url(self, name: str = "") -> str:
         """`s3://` URL under this test's prefix."""
@@ -117,6 +120,11 @@ class S3:
         """From now on the package has these credentials, and a store that has never seen others."""
         for name, value in environment(endpoint or self.server.endpoint, identity).items():
             self._monkeypatch.setenv(name, value)
+        self.forget()
+
+    def forget(self) -> None:
+        """The package's store is made anew from the environment; other tests will not meet this one."""
+        self._strange = True
         verbs._store.cache_clear()
 
 
@@ -168,7 +176,9 @@ def running_server() -> Iterator[Server]:
 def s3_server() -> Iterator[Server]:
     """One server for all tests."""
     with running_server() as server:
+        verbs._store.cache_clear()
         yield server
+        verbs._store.cache_clear()
 
 
 @pytest.fixture
@@ -176,12 +186,12 @@ def s3(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     """The server as this test's store, with a prefix that no other test has seen."""
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
-    client = s3_server.client()
-    access = S3(s3_server, client, f"t{random.getrandbits(64):016x}", monkeypatch)
-    access.use()
+    for name, value in environment(s3_server.endpoint).items():
+        monkeypatch.setenv(name, value)
+    access = S3(s3_server, s3_server.foreign, f"t{random.getrandbits(64):016x}", monkeypatch)
     yield access
-    verbs._store.cache_clear()
-    client.close()
+    if access._strange:  # otherwise the next test has the same store: clients cost half a second
+        verbs._store.cache_clear()
 
 
 def _free_ports(count: int) -> list[int]:
@@ -208,12 +218,10 @@ def _dies_with_us() -> list[str]:
 
 
 def _await_bucket(server: Server, log: Path) -> None:
-    client = server.client()
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and server.process.poll() is None:
         with contextlib.suppress(Exception):  # refused connections first, half-started answers then
-            client.put_object(Bucket=BUCKET, Key="ready", Body=b"")
-            client.close()
+            server.foreign.put_object(Bucket=BUCKET, Key="ready", Body=b"")
             return
         time.sleep(0.1)
     raise RuntimeError(f"SeaweedFS does not start:\n{log.read_text(errors='replace')[-4000:]}")

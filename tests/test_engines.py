@@ -181,6 +181,11 @@ def test_forecasts_of_equal_tasks_come_true(workers: int) -> None:
     assert right >= 96 - 2 * workers  # at either end there may be nothing to foretell
 
 
+def test_first_forecasts_go_to_those_who_will_be_free_first() -> None:
+    """Whoever got the largest task is the last to be free, and was told the smallest of the next round."""
+    assert makespan([20.0, 18.0, 15.0, 13.0, 10.0, 8.0, 6.0, 4.0], 4)[1:] == (4, 0)
+
+
 def test_a_lone_worker_is_always_told_the_truth() -> None:
     assert makespan([9.0, 7.0, 7.0, 3.0, 1.0], 1)[1:] == (4, 0)
 
@@ -247,6 +252,34 @@ class TestLocal:
 
 
 # ----------------------------------------------------------------------------------------------------------------- Ray
+
+
+def test_an_address_without_a_ray_is_said_at_once(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray itself goes on trying for many minutes."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(DeviceError, match=r"no Ray at 127\.0\.0\.1:9: ConnectionRefusedError") as raised:
+        runs.extract(*pair, tmp_path / "out", engine="ray")
+    assert raised.value.exit_code == 14
+    assert "RAY_ADDRESS" in raised.value.remedy
+
+
+def test_a_ray_that_does_not_start_is_no_bug_of_ours(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
+
+    def refuse(**_: object) -> None:
+        raise ConnectionError("the head's version is another")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(DeviceError, match="no Ray at this machine: ConnectionError: the head's version is another"):
+        runs.extract(*pair, tmp_path / "out", engine="ray")
 
 
 @pytest.fixture(scope="session")

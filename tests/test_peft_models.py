@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from phlora_pipeline import pipeline
@@ -53,7 +53,7 @@ MakePair = Callable[[str, Callable[[str, Tensor], bool]], Pair]
 def make_pair(tmp_path_factory: pytest.TempPathFactory) -> MakePair:
     @functools.cache
     def make(name: str, where: Callable[[str, Tensor], bool]) -> Pair:
-        base = models.MODELS[name]()
+        base = {**models.MODELS, **models.STRANGERS}[name]()
         tuned = models.moved(base, where=where)
         folder = tmp_path_factory.mktemp(name)
         return Pair(base, tuned, models.save(base, folder / "base"), models.save(tuned, folder / "tuned"))
@@ -61,7 +61,7 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> MakePair:
     return make
 
 
-def load(base: PreTrainedModel, adapter: Path) -> PeftModel:
+def load(base: nn.Module, adapter: Path) -> PeftModel:
     """By PEFT, which has a place for every key and a key for every place: it drops and makes up keys without an error."""
     model = models.adapted(base, adapter)
     keys = model.load_adapter(str(adapter), "again")
@@ -79,20 +79,81 @@ def test_full_rank_for_peft_is_the_fine_tune(name: str, make_pair: MakePair, tmp
     assert verify(str(pair.base_folder), str(pair.tuned_folder), str(tmp_path)).passed
 
 
+def completed(pair: Pair, dialect: str, folder: Path) -> PeftModel:
+    """The adapter at full rank, over a base that was given by hand what the manifest says is left out."""
+    out = folder / "adapter"
+    runs.extract(pair.base_folder, pair.tuned_folder, out, rank=FULL, dialect=dialect)
+    left_out = [row.tensor for row in runs.rows(out).values() if row.status == "skipped"]
+    base = models.with_tensors_of(pair.base_folder, pair.tuned_folder, left_out, folder / "completed")
+    return load(type(pair.base).from_pretrained(base).eval(), out)
+
+
 @pytest.mark.parametrize("dialect", ["peft", "portable"])
 @pytest.mark.parametrize("name", models.MODELS)
 def test_what_is_left_out_is_the_whole_difference(name: str, dialect: str, make_pair: MakePair, tmp_path: Path) -> None:
-    """Norms, biases, and what servers do not take: put into the base by hand, they and the adapter are the fine-tune."""
+    """Norms, biases, and what servers do not take: with them in the base, the adapter is the fine-tune, and only then."""
     pair = make_pair(name, models.everything)
     wanted = models.outputs(pair.tuned)
-    out = tmp_path / "adapter"
-    runs.extract(pair.base_folder, pair.tuned_folder, out, rank=FULL, dialect=dialect)
-    left_out = [row.tensor for row in runs.rows(out).values() if row.status == "skipped"]
-    completed = models.with_tensors_of(pair.base_folder, pair.tuned_folder, left_out, tmp_path / "completed")
-    assert models.distance(models.outputs(load(pair.base, out)), wanted) > 1e-2
-    whole = load(type(pair.base).from_pretrained(completed).eval(), out)
-    assert models.distance(models.outputs(whole), wanted) < 1e-4
-    assert verify(str(pair.base_folder), str(pair.tuned_folder), str(out)).passed
+    assert models.distance(models.outputs(completed(pair, dialect, tmp_path)), wanted) < 1e-4
+    assert models.distance(models.outputs(load(pair.base, tmp_path / "adapter")), wanted) > 1e-2
+    assert verify(str(pair.base_folder), str(pair.tuned_folder), str(tmp_path / "adapter")).passed
+
+
+WRONG = {
+    (
+        "gpt-neox",
+        "peft",
+    ): "embed_in is an embedding; embed_out is called lm_head in transformers 5, where PEFT does not follow",
+    ("mpnet", "peft"): "relative_attention_bias is an embedding",
+    ("opt", "peft"): "embed_positions has a forward of its own, which PEFT's embedding does not call",
+    ("deberta-v2", "peft"): "rel_embeddings' weight is used without its forward, where no LoRA is asked",
+    ("bert-mlm", "peft"): "the head of a masked LM is tied to the embedding, too: half of the delta",
+    ("dense-beside-experts", "peft"): "PEFT turns every gate_proj of such a type into one of fused experts",
+    ("dense-beside-experts", "portable"): "as for peft",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dialect"),
+    [
+        pytest.param(name, dialect, marks=[pytest.mark.xfail(strict=True, reason=WRONG[name, dialect])] if (name, dialect) in WRONG else [])
+        for name in models.STRANGERS
+        for dialect in ("peft", "portable")
+    ],
+)  # fmt: skip
+def test_misleading_names(name: str, dialect: str, make_pair: MakePair, tmp_path: Path) -> None:
+    """The same for architectures in which a name alone does not tell what a weight is; not all of it is true yet."""
+    pair = make_pair(name, models.everything)
+    assert models.distance(models.outputs(completed(pair, dialect, tmp_path)), models.outputs(pair.tuned)) < 1e-4
+
+
+class Numbered(nn.Module):
+    """Layers in a list, and a head whose modules have numbers for names, as `nn.Sequential` makes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"proj": nn.Linear(8, 8)}) for _ in range(3))
+        self.classifier = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer["proj"](x)
+        return self.classifier(x)
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="`0` of classifier.0 also names layers.0, which PEFT refuses")
+def test_a_number_is_no_name_of_a_target(tmp_path: Path) -> None:
+    base, tuned = Numbered(), Numbered()
+    for model, name in ((base, "base"), (tuned, "tuned")):
+        (tmp_path / name).mkdir()
+        save_file(model.state_dict(), tmp_path / name / "model.safetensors")
+    runs.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", dialect="peft", force=True)
+    with torch.no_grad():
+        for one, other in zip(base.modules(), tuned.modules(), strict=True):
+            if isinstance(one, nn.Linear):
+                one.bias.copy_(other.bias)
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+        assert models.distance(load(base, tmp_path / "out")(x), tuned(x)) < 1e-4
 
 
 def test_portable_at_full_rank_is_the_fine_tune(make_pair: MakePair, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def append(path: Path) -> None:
         file.write(b"!")
 
 
-@pytest.mark.parametrize("change", [replace, edit, truncate, append, Path.unlink])
+@pytest.mark.parametrize("change", [replace, edit, truncate, append])
 def test_a_file_that_changed_since_it_was_planned_is_an_error(
     planned: ObjectInfo, change: Callable[[Path], None]
 ) -> None:
@@ -132,6 +132,13 @@ def test_a_file_that_changed_since_it_was_planned_is_an_error(
         read(planned, 50, 200)
     assert planned.url in caught.value.what
     assert caught.value.exit_code == 3
+
+
+def test_a_file_that_is_gone_is_not_there(planned: ObjectInfo) -> None:
+    os.unlink(planned.url)
+    with pytest.raises(NotFoundError, match=r"planned\.bin is not there") as caught:
+        read(planned, 50, 200)
+    assert caught.value.remedy
 
 
 @pytest.mark.parametrize("change", [edit, truncate, append])

@@ -91,9 +91,10 @@ class FsspecStore:
             data = self._fs.cat_file(self._path(piece.url), start=piece.start, end=stop)
         if len(data) != len(piece.into):
             raise changed(piece.url, f"{len(piece.into)} bytes at {piece.start}", f"{len(data)} bytes")
-        seen = self.stat(piece.url) if piece.etag else None
-        if piece.etag and (seen is None or seen.etag != piece.etag):
-            raise changed(piece.url, piece.etag, seen.etag if seen else "nothing")
+        if piece.etag:
+            seen = self.stat(piece.url)
+            if seen is None or seen.etag != piece.etag:
+                raise changed(piece.url, piece.etag, seen.etag if seen else "nothing")
         piece.into[:] = data
 
     def put_new(self, url: str, chunks: Chunks, size: int) -> PutOutcome:
@@ -139,6 +140,8 @@ class FsspecStore:
                 f"{url}: access denied: {one_line(error)}", remedy="check the credentials of this store"
             ) from error
         except FileNotFoundError as error:
-            raise NotFoundError(f"{url} is not there") from error
+            raise NotFoundError(
+                f"{url} is not there", remedy="see whether it was moved or removed, and run again"
+            ) from error
         except Exception as error:  # every fsspec file system raises its own client's errors
             raise StorageError(f"{url}: {type(error).__name__}: {one_line(error)}") from error

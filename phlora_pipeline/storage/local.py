@@ -41,10 +41,7 @@ class LocalStore:
 
     def read_into(self, piece: ByteRange) -> None:
         with _errors(piece.url):
-            try:
-                descriptor = os.open(piece.url, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError as error:
-                raise changed(piece.url, piece.etag, "nothing") from error
+            descriptor = os.open(piece.url, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 _read_fully(descriptor, piece)
                 # After the read: whatever was written in place meanwhile has moved the mtime.
@@ -94,7 +91,7 @@ class LocalStore:
 
 
 def changed(url: str, planned: str, seen: str) -> SourceChangedError:
-    """The error of every store for an object that was replaced or removed since it was planned."""
+    """The error of every store for an object that was replaced since it was planned."""
     return SourceChangedError(
         f"{url} is no longer what was planned: expected {planned!r}, found {seen!r}",
         remedy="run again once its upload is complete",
@@ -154,7 +151,9 @@ def _errors(url: str) -> Iterator[None]:
     except PhloraError:
         raise
     except FileNotFoundError as error:
-        raise NotFoundError(f"{url} is not there") from error
+        raise NotFoundError(
+            f"{url} is not there", remedy="see whether it was moved or removed, and run again"
+        ) from error
     except PermissionError as error:
         raise RequestError(
             f"no permission: {error.strerror}: {url}", remedy="check the owner and mode of the path"

@@ -140,8 +140,6 @@ class S3Store:
                 except ClientError as error:
                     if _code(error) in _PRECONDITION | {"InvalidRange"}:
                         raise changed(piece.url, piece.etag, "another object") from error
-                    if _code(error) == "NoSuchKey":
-                        raise changed(piece.url, piece.etag, "nothing") from error
                     raise
                 with contextlib.closing(answer["Body"]) as body:
                     if not answer.get("ContentRange", "").startswith(f"bytes {piece.start}-"):
@@ -303,7 +301,7 @@ def _sorted_client_error(url: str, error: ClientError) -> Exception:
     if code == "NoSuchBucket":
         return _no_bucket(url)
     if code in _MISSING:
-        return NotFoundError(f"{url} is not there")
+        return NotFoundError(f"{url} is not there", remedy="see whether it was moved or removed, and run again")
     if code in _CREDENTIALS or status in {401, 403}:
         return _denied(url, code)
     if (
