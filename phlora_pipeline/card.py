@@ -9,6 +9,8 @@ from phlora_pipeline.manifest import EnergyRow
 from phlora_pipeline.plan import Plan
 from phlora_pipeline.summary import percent, reasons, summarize
 
+MOST_NAMES = 40
+
 
 def model_card(plan: Plan, rows: Sequence[EnergyRow], *, base_name: str, dtype: str) -> str:
     """The card, with the front matter that hubs read.
@@ -70,7 +72,18 @@ def _left_out(rows: Sequence[EnergyRow]) -> list[str]:
         return failed
     lines = ["## What it leaves out", "", "| why | tensors | share of ‖ΔW‖² |", "|---|---|---|"]
     lines += [f"| {_cell(reason)} | {number} | {percent(share, 2)} |" for reason, number, share in grouped]
-    return [*failed, *lines, ""]
+    return [*failed, *lines, "", *_matrices_left_out(rows)]
+
+
+def _matrices_left_out(rows: Sequence[EnergyRow]) -> list[str]:
+    """By name, since each of these could have carried a pair; norms and biases are in the manifest."""
+    matrices = {row.tensor for row in rows if len(row.shape) >= 2}
+    out = [(name, share) for name, _, share, _ in summarize(rows).left_out if name in matrices]
+    if not out:
+        return []
+    names = [f"- {_code(name)}: {percent(share, 2)} of ‖ΔW‖²" for name, share in out[:MOST_NAMES]]
+    more = [f"- and {len(out) - MOST_NAMES} more, in `energy.parquet`"] if len(out) > MOST_NAMES else []
+    return ["Matrices among them:", "", *names, *more, ""]
 
 
 def _cell(text: str) -> str:

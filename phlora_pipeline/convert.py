@@ -118,7 +118,8 @@ def _shards(index: Path) -> list[str]:
 
 def _in_child(files: list[str], written: Path) -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name in _KEPT_ENVIRONMENT}
-    command = [sys.executable, "-m", "phlora_pipeline.convert", str(written), *files]
+    # -P: a model folder that is the current one may hold a torch.py of its own.
+    command = [sys.executable, "-P", "-m", "phlora_pipeline.convert", str(written), *files]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603  # our own module
     try:
         report = dict(json.loads(done.stdout))

@@ -19,7 +19,7 @@ from phlora_pipeline.manifest import EnergyRow
 from phlora_pipeline.plan import NUMERICS_REVISION, Plan, PlanSettings, make_plan, require_fits
 from phlora_pipeline.reducer import FAR_FROM_BASE, NOT_A_FINE_TUNE, Reduction
 from phlora_pipeline.runlog import Run
-from phlora_pipeline.summary import Summary, summarize
+from phlora_pipeline.summary import Summary, percent, summarize
 from phlora_pipeline.targets import Selection
 
 PARTS = "_parts"
@@ -142,7 +142,7 @@ def _extract(
     engine = driver.engine(config.engine, config.device, len(plan.tasks))
     lost = engine(plan.tasks, resources, on_report)
     reduction = reducer.reduce(plan, lost, dtype=config.dtype, base=prepared.base, tuned=prepared.tuned)
-    warnings = [*plan.warnings, *_judge(reduction, config)]
+    warnings = [*plan.warnings, *_judge(reduction, config), *_dropped(reduction)]
     for warning in warnings[len(plan.warnings) :]:
         observer.warn(warning)
     if reduction.failed and not (config.allow_partial and reduction.layout.slots):
@@ -202,6 +202,17 @@ def _judge(reduction: Reduction, config: RunConfig) -> list[str]:
             remedy="give the right base, or pass --force if you know better",
         )
     return [f"{told}: far for a fine-tune; is it the right base?"]
+
+
+def _dropped(reduction: Reduction) -> list[str]:
+    """One line on what a server would not take: by name, with its share of the energy and the remedy."""
+    out = [item for item in summarize(reduction.rows).left_out if "--for peft" in item[1]]
+    if not out:
+        return []
+    names = ", ".join(name for name, *_ in out[:3]) + (f" and {len(out) - 3} more" if len(out) > 3 else "")
+    return [
+        f"not every server takes {names}: {percent(sum(item[2] for item in out), 2)} of ‖ΔW‖² left out; --for peft adapts them"
+    ]
 
 
 def _failed(reduction: Reduction, run: Run, config: RunConfig) -> ModelFailedError:

@@ -234,7 +234,7 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
     rules = targets.server_rules(tuned.model_type or base.model_type, settings.dialect)
     pairs, unread = _pair(base, tuned, settings.selection)
     tied = _tied_modules(tuned if tuned.config else base, pairs)
-    chosen, left_out = _choose(pairs, settings.selection, rules, tied)
+    chosen, left_out = _choose(pairs, settings.selection, rules, tied, multimodal=_multimodal(base, tuned))
     if not chosen:
         raise _nothing_matches(left_out, unread)
     extraction_id = _digest(
@@ -250,6 +250,8 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
             "rank": settings.rank,
             "dialect": settings.dialect,
             "tied": tied,
+            "model_type": rules.model_type,
+            "architectures": tuned.config.get("architectures") or base.config.get("architectures"),
             **dict(settings.identity),
         }
     )
@@ -337,16 +339,24 @@ def _pair(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> tuple[li
 
 
 def _choose(
-    pairs: Sequence[TensorPair], selection: Selection, rules: ServerRules, tied: tuple[str, str] | None
+    pairs: Sequence[TensorPair],
+    selection: Selection,
+    rules: ServerRules,
+    tied: tuple[str, str] | None,
+    *,
+    multimodal: bool,
 ) -> tuple[list[TensorPair], dict[str, str]]:
     """Pairs that are adapted, and the reason for each that is not."""
     chosen: list[TensorPair] = []
     left_out: dict[str, str] = {}
+    experts = any(pair.kind == "expert" for pair in pairs)
     for pair in pairs:
         reason = (
             targets.shape_refusal(pair.shape, pair.kind, pair.tuned.dtype)
             or targets.shape_refusal(pair.shape, pair.kind, pair.base.dtype)
             or selection.refusal(pair.name, pair.kind)
+            or (targets.tower_refusal(pair.name) if multimodal else "")
+            or (_shadowed_refusal(pair) if experts else "")
             or targets.server_refusal(pair.kind, pair.shape, rules)
             or _tied_refusal(pair, rules, tied)
         )
@@ -357,12 +367,22 @@ def _choose(
     return chosen, left_out
 
 
+def _shadowed_refusal(pair: TensorPair) -> str:
+    """Dense layers and shared experts beside routed ones: PEFT on transformers 5 takes their names for the experts'."""
+    leaf = pair.module.rpartition(".")[2]
+    if pair.kind == "mlp" and leaf in {"gate_proj", "up_proj", "down_proj"}:
+        return f"PEFT takes every {leaf} of a model with experts for one of them, and would drop this one"
+    return ""
+
+
 def _tied_refusal(pair: TensorPair, rules: ServerRules, tied: tuple[str, str] | None) -> str:
     if tied is None:
         return ""
     source, output = tied
     if pair.module == output:
         return f"tied to {source}, whose delta goes on both"
+    if pair.module == source and not output:
+        return "tied to an output that the checkpoint does not name; half of a tied delta is worse than none"
     if pair.module == source and not rules.tied_embeddings:
         return f"tied to {output}: not every server takes the delta on both ends; --for peft adapts both"
     return ""
@@ -374,16 +394,16 @@ def _tied_modules(configured: Checkpoint, pairs: Sequence[TensorPair]) -> tuple[
     Tied is what `tie_word_embeddings` says, or what a checkpoint without an output matrix of its own leaves no doubt of.
     """
     architectures = [str(name) for name in configured.config.get("architectures") or []]
-    if not any("ForCausalLM" in name or "LMHead" in name for name in architectures):
-        return None
+    causal = any("ForCausalLM" in name or "LMHead" in name for name in architectures)
+    tied = any(part in name for name in architectures for part in ("MaskedLM", "PreTraining", "ConditionalGeneration"))
     inputs = [pair for pair in pairs if pair.kind == "embedding"]
-    if not inputs:
+    if not inputs or not (causal or tied) or configured.config.get("tie_word_embeddings") is False:
         return None
     # Positions are embedded too (GPT-2's wpe); the vocabulary has the most rows.
     source = max(inputs, key=lambda pair: pair.shape[0]).module
     outputs = [pair.module for pair in pairs if pair.kind == "lm_head"]
     if not outputs:
-        return source, "lm_head"
+        return source, "lm_head" if causal else ""
     return (source, outputs[0]) if configured.config.get("tie_word_embeddings") is True else None
 
 
@@ -419,6 +439,12 @@ def _warnings(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings, writt
         yield f"{len(missing)} tensors of the base are not in the fine-tune: {_some(missing)}"
     if written != settings.rank:
         yield f"rank {settings.rank} is written as {written}, zero-padded: the next rank that servers compute with"
+    if _multimodal(base, tuned):
+        yield "a multimodal model: only its language model is adapted, and loaders may know that by other names; see that your loader reports no unexpected keys"
+
+
+def _multimodal(base: Checkpoint, tuned: Checkpoint) -> bool:
+    return any(key in side.config for side in (base, tuned) for key in ("vision_config", "audio_config"))
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:

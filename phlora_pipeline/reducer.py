@@ -220,7 +220,7 @@ def _measured_row(row: EnergyRow, result: TensorResult, plan: Plan, layout: Layo
     filled = row.module in layout.zero_filled
     status: manifest.Status = "zero_filled" if filled else "skipped" if changed else "unchanged"
     reason = plan.left_out.get(row.tensor, "") if changed else "no entry differs" if filled else ""
-    if changed and plan.tied and row.module == plan.tied[1]:
+    if plan.tied and row.module == plan.tied[1] and row.module in layout.modules:
         status = "adapted"
     return replace(
         row,

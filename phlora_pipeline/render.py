@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from phlora_pipeline.pipeline import ExtractResult, Prepared
@@ -94,16 +93,8 @@ def show_verification(found: Verification) -> None:
     bad = [check for check in found.modules if check.problem]
     for problem in found.problems:
         line(f"problem: {problem}")
-    if bad:
-        table = Table("module", "measured", "promised", "problem")
-        for check in bad:
-            table.add_row(
-                escape(check.module),
-                percent(check.written_energy, 4),
-                percent(check.promised, 4),
-                escape(check.problem),
-            )
-        Console().print(table)
+    for check in bad:
+        line(f"problem: {check.module}: {check.problem}")
     state = "passed" if found.passed else "FAILED"
     line(
         f"{state}: {len(found.modules)} modules, {percent(found.written_energy, 2)} of their update's energy is in the written bytes"

@@ -28,10 +28,16 @@ _TARGET_KINDS: dict[Targets, frozenset[Kind]] = {
     "paper": frozenset({"attention", "mlp", "expert"}),  # the paper's Appendix B
 }
 
-_EMBEDDING = re.compile(r"^(embed_tokens|embed_positions|embed(ding)?s?|wte|wpe|shared)$|_embeddings?$")
-_HEAD = re.compile(r"^(lm_head|embed_out|output_projection)$")
+_EMBEDDING = re.compile(
+    r"^(embed_tokens|embed_in|embed(ding)?s?|wte|wpe|shared|relative_attention_bias)$|_embeddings?$"
+)
+# Looked up by a forward of their own (OPT, BART, Whisper), by none (DeBERTa), or under another name in memory (GPT-NeoX):
+# a LoRA beside them fails, or is never asked.
+_TABLE = re.compile(r"^(embed_positions|rel_embeddings|embed_out)$")
+_HEAD = re.compile(r"(^|\.)(lm_head|output_projection|output_layer)$|^output$")
+_TOWER = re.compile(r"(^|\.)(vision\w*|visual|audio\w*|image\w*|multi_modal_projector|mm_projector|connector)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_ROUTER = re.compile(r"\.(gate|router|shared_expert_gate)$")
+_ROUTER = re.compile(r"\.(gate|router|router\.layer|shared_expert_gate)$")
 _NORM = re.compile(r"(norm\w*|(^|_)ln(_\w+)?\d*)$", re.IGNORECASE)
 _ATTENTION = re.compile(
     r"(^|\.)(self_?attn\w*|\w*attention\w*|attn\w*|mixer)\.|(^|\.)([qkvo]_proj|qkv(_proj)?|query_key_value|w[qkvo]|W_pack|query|key|value)$"
@@ -72,7 +78,7 @@ def kind_of(name: str, shape: Sequence[int]) -> Kind:
     leaf = module.rpartition(".")[2]
     if len(shape) < 2:
         return "norm" if _NORM.search(leaf) else "other"
-    if not name.endswith(".weight"):
+    if not name.endswith(".weight") or _TABLE.match(leaf):
         return "other"
     if len(shape) > 2:
         return "conv" if len(shape) <= 5 else "other"
@@ -80,7 +86,7 @@ def kind_of(name: str, shape: Sequence[int]) -> Kind:
 
 
 def _matrix_kind(module: str, leaf: str) -> Kind:
-    if _HEAD.match(leaf):
+    if _HEAD.search(module):
         return "lm_head"
     if _EMBEDDING.search(leaf):
         return "embedding"
@@ -98,6 +104,7 @@ class ServerRules:
     """What the dialect's servers take of one model type.
 
     Attributes:
+        dialect: for whom.
         model_type: as in `config.json`; may be unknown or empty.
         kinds: kinds of modules that every server of the dialect applies.
         listed: whether `servers.toml` knows the type.
@@ -106,6 +113,7 @@ class ServerRules:
         tied_embeddings: whether a tied pair may carry its delta on both ends.
     """
 
+    dialect: Dialect
     model_type: str
     kinds: frozenset[Kind]
     listed: bool
@@ -115,14 +123,17 @@ class ServerRules:
 
 
 def server_rules(model_type: str, dialect: Dialect) -> ServerRules:
-    """Rules of a dialect for a model type, from `servers.toml`. PEFT takes every matrix at any rank."""
+    """Rules of a dialect for a model type, from `servers.toml`. PEFT takes every matrix that it can find, at any rank."""
     document = _servers()
     if dialect == "peft":
-        return ServerRules(model_type, MATRIX_KINDS, listed=True, max_rows=None, rank_grid=(), tied_embeddings=True)
+        # transformers 5 fuses experts and makes routers modules of their own kind; PEFT converts the names of some types.
+        found = document["types"].get(model_type, {}).get("peft_experts", False)
+        kinds = MATRIX_KINDS if found else MATRIX_KINDS - {"router", "expert"}
+        return ServerRules("peft", model_type, kinds, listed=True, max_rows=None, rank_grid=(), tied_embeddings=True)
     known = document["types"].get(model_type)
     rules = known or document["default"]
     return ServerRules(
-        model_type, frozenset(rules["kinds"]), known is not None, document["max_vocabulary"], tuple(document["rank_grid"]), rules.get("tied_embeddings", False)
+        "portable", model_type, frozenset(rules["kinds"]), known is not None, document["max_vocabulary"], tuple(document["rank_grid"]), rules.get("tied_embeddings", False)
     )  # fmt: skip
 
 
@@ -169,11 +180,21 @@ class Selection:
 def server_refusal(kind: Kind, shape: Sequence[int], rules: ServerRules) -> str:
     """Why the dialect's servers would not take a matrix; empty where they do."""
     if kind not in rules.kinds:
+        if rules.dialect == "peft":
+            return f"PEFT does not find kind {kind} of model type {rules.model_type!r} by its name in the checkpoint"
         who = f"model type {rules.model_type!r}" if rules.listed else f"the unlisted model type {rules.model_type!r}"
-        return f"not every server takes kind {kind} of {who}; --for peft adapts it"
+        remedy = "; --for peft adapts it" if kind in server_rules(rules.model_type, "peft").kinds else ""
+        return f"not every server takes kind {kind} of {who}{remedy}"
     if kind in {"embedding", "lm_head"} and rules.max_rows is not None and shape[0] > rules.max_rows:
         return f"servers take at most {rules.max_rows} rows, this has {shape[0]}; --for peft adapts it"
     return ""
+
+
+def tower_refusal(name: str) -> str:
+    """Why a weight beside a multimodal model's language model is not adapted; empty for the language model's own."""
+    return (
+        "part of a tower beside the language model, which loaders rename or leave alone" if _TOWER.search(name) else ""
+    )
 
 
 def shape_refusal(shape: Sequence[int], kind: Kind, dtype: str) -> str:
@@ -183,7 +204,7 @@ def shape_refusal(shape: Sequence[int], kind: Kind, dtype: str) -> str:
     if kind == "conv":
         return f"{len(shape)}-D weights (convolutions, fused experts) are not adapted yet"
     if kind == "other" or len(shape) != 2:
-        return "not the 2-D weight of a module"
+        return "not the 2-D weight of a module that loaders find and apply by its name"
     if dtype not in {"F64", "F32", "F16", "BF16"}:
         return f"stored as {dtype}: quantised weights are not dequantised yet"
     if 0 in shape:
@@ -221,12 +242,13 @@ def target_modules(adapted: frozenset[str], modules: Sequence[str]) -> list[str]
     """`target_modules` as a list that PEFT's suffix match reads as exactly `adapted`.
 
     A last path component stands for all its modules where every module of that name is adapted; the others are named in
-    full, since a suffix would also match a vision tower or a pooler.
+    full, since a suffix would also match a vision tower, a pooler, or a container: the `0` of `classifier.0` is a layer's, too.
 
     >>> target_modules(frozenset({"a.0.q", "a.1.q", "a.0.dense"}), ["a.0.q", "a.1.q", "a.0.dense", "pooler.dense"])
     ['a.0.dense', 'q']
     """
     others = {module.rpartition(".")[2] for module in modules if module not in adapted}
+    others |= {part for module in modules if not module.endswith("bias") for part in module.split(".")[:-1]}
     # A component that is itself a suffix of another's path is safe: PEFT matches whole components only.
     return sorted({leaf if (leaf := module.rpartition(".")[2]) not in others else module for module in adapted})
 

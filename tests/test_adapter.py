@@ -13,6 +13,7 @@ from phlora_pipeline.adapter import Layout, Slot
 from phlora_pipeline.plan import Plan, PlanSettings, make_plan
 from phlora_pipeline.targets import Selection
 from tests.test_plan import SETTINGS, checkpoint, llama
+from tests.toys import LLAMA
 
 
 def plan_of(shapes: dict[str, tuple[int, ...]], settings: PlanSettings = SETTINGS, **both: Any) -> Plan:
@@ -46,7 +47,8 @@ def test_an_embedding_has_its_own_keys_and_is_turned() -> None:
 
 def test_a_tied_output_gets_the_embeddings_factors_as_a_linear_layer() -> None:
     shapes = {name: shape for name, shape in llama(layers=1).items() if name != "lm_head.weight"}
-    made = plan_of(shapes, replace(SETTINGS, dialect="peft"))
+    unsaid = {key: value for key, value in LLAMA.items() if key != "tie_word_embeddings"}
+    made = plan_of(shapes, replace(SETTINGS, dialect="peft"), config=unsaid)
     slots = {slot.key: slot for slot in adapter.make_layout(made, everything(made)).slots}
     head = slots["base_model.model.lm_head.lora_B.weight"]
     assert (head.tensor, head.side, head.shape, head.transposed) == ("model.embed_tokens.weight", "B", (100, 8), False)

@@ -34,7 +34,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         try:
-            answer = module._child(command[3], command[4:])
+            answer = module._child(command[4], command[5:])
         except CheckpointError as refusal:
             answer = {"refused": refusal.what, "remedy": refusal.remedy}
         return subprocess.CompletedProcess(command, 0, json.dumps(answer), "")
@@ -189,6 +189,16 @@ def test_the_child_holds_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "PATH=" in seen
     assert "hush-hush" not in seen
     assert not (tmp_path / "out").exists()
+
+
+def test_code_beside_the_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model folders come with Python files; one that is called torch.py must not be imported for being near."""
+    torch.save(STATE, tmp_path / "x.bin")
+    for name in ("torch", "safetensors", "json", "phlora_pipeline"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w').close()\nraise SystemExit(1)\n")
+    monkeypatch.chdir(tmp_path)
+    assert convert("x.bin", "out").tensors == 3
+    assert not (tmp_path / "canary").exists()
 
 
 @pytest.mark.usefixtures("in_process")

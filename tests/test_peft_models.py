@@ -99,30 +99,10 @@ def test_what_is_left_out_is_the_whole_difference(name: str, dialect: str, make_
     assert verify(str(pair.base_folder), str(pair.tuned_folder), str(tmp_path / "adapter")).passed
 
 
-WRONG = {
-    (
-        "gpt-neox",
-        "peft",
-    ): "embed_in is an embedding; embed_out is called lm_head in transformers 5, where PEFT does not follow",
-    ("mpnet", "peft"): "relative_attention_bias is an embedding",
-    ("opt", "peft"): "embed_positions has a forward of its own, which PEFT's embedding does not call",
-    ("deberta-v2", "peft"): "rel_embeddings' weight is used without its forward, where no LoRA is asked",
-    ("bert-mlm", "peft"): "the head of a masked LM is tied to the embedding, too: half of the delta",
-    ("dense-beside-experts", "peft"): "PEFT turns every gate_proj of such a type into one of fused experts",
-    ("dense-beside-experts", "portable"): "as for peft",
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "dialect"),
-    [
-        pytest.param(name, dialect, marks=[pytest.mark.xfail(strict=True, reason=WRONG[name, dialect])] if (name, dialect) in WRONG else [])
-        for name in models.STRANGERS
-        for dialect in ("peft", "portable")
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("dialect", ["peft", "portable"])
+@pytest.mark.parametrize("name", models.STRANGERS)
 def test_misleading_names(name: str, dialect: str, make_pair: MakePair, tmp_path: Path) -> None:
-    """The same for architectures in which a name alone does not tell what a weight is; not all of it is true yet."""
+    """The same for architectures in which a name alone does not tell what a weight is."""
     pair = make_pair(name, models.everything)
     assert models.distance(models.outputs(completed(pair, dialect, tmp_path)), models.outputs(pair.tuned)) < 1e-4
 
@@ -141,7 +121,6 @@ class Numbered(nn.Module):
         return self.classifier(x)
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="`0` of classifier.0 also names layers.0, which PEFT refuses")
 def test_a_number_is_no_name_of_a_target(tmp_path: Path) -> None:
     base, tuned = Numbered(), Numbered()
     for model, name in ((base, "base"), (tuned, "tuned")):

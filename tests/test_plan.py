@@ -162,15 +162,16 @@ def test_quantised_tensors_are_listed_and_never_read() -> None:
 class TestTied:
     """Where input and output share a weight, the delta must be on both ends or on neither."""
 
+    UNSAID: ClassVar = {key: value for key, value in LLAMA.items() if key != "tie_word_embeddings"}
     SHAPES: ClassVar = {name: shape for name, shape in llama().items() if name != "lm_head.weight"}
 
     def test_a_causal_model_without_an_output_matrix_is_tied(self) -> None:
-        made = planned(self.SHAPES, replace(SETTINGS, dialect="peft"))
+        made = planned(self.SHAPES, replace(SETTINGS, dialect="peft"), config=self.UNSAID)
         assert made.tied == ("model.embed_tokens", "lm_head")
         assert "model.embed_tokens.weight" in {pair.name for pair in made.adapted}
 
     def test_portable_leaves_it_out_and_names_the_remedy(self) -> None:
-        made = planned(self.SHAPES)
+        made = planned(self.SHAPES, config=self.UNSAID)
         assert made.tied is None
         assert "--for peft" in made.left_out["model.embed_tokens.weight"]
 
@@ -183,6 +184,15 @@ class TestTied:
         made = planned(llama())
         assert made.tied is None
         assert {"lm_head", "embedding"} <= {pair.kind for pair in made.adapted}
+
+    def test_the_config_may_deny_it(self) -> None:
+        assert planned(self.SHAPES, config=LLAMA | {"tie_word_embeddings": False}).tied is None
+
+    def test_an_output_without_a_name_leaves_the_embedding_out(self) -> None:
+        """A masked LM's decoder is tied under a name that the checkpoint does not tell: half of a delta is not written."""
+        config = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+        made = planned(self.SHAPES, replace(SETTINGS, dialect="peft"), config=config)
+        assert "half of a tied delta" in made.left_out["model.embed_tokens.weight"]
 
     def test_an_encoder_is_not_tied(self) -> None:
         made = planned(
@@ -217,3 +227,25 @@ def test_tensors_that_only_the_base_has_are_said() -> None:
     made = make_plan(checkpoint(llama() | {"extra.weight": (3, 3)}), checkpoint(llama(), side="tuned"), SETTINGS)
     assert made.base_only == ("extra.weight",)
     assert any("extra.weight" in warning for warning in made.warnings)
+
+
+def test_dense_layers_beside_experts_are_left_out_by_name() -> None:
+    """PEFT would take their pairs for an expert's, and drop them without a word."""
+    shapes = llama() | {
+        f"model.layers.9.mlp.experts.{e}.{p}_proj.weight": (8, 8) for e in range(2) for p in ("gate", "up", "down")
+    }
+    made = planned(shapes, config=LLAMA | {"model_type": "mixtral"})
+    assert "experts" in made.left_out["model.layers.0.mlp.gate_proj.weight"]
+    assert "model.layers.9.mlp.experts.1.down_proj.weight" in {pair.name for pair in made.adapted}
+
+
+def test_a_multimodal_models_towers_are_left_out_and_it_is_warned() -> None:
+    shapes = llama() | {"vision_tower.layers.0.self_attn.q_proj.weight": (8, 8)}
+    made = planned(shapes, config=LLAMA | {"vision_config": {}})
+    assert "tower" in made.left_out["vision_tower.layers.0.self_attn.q_proj.weight"]
+    assert any("multimodal" in warning for warning in made.warnings)
+
+
+def test_what_config_json_says_of_the_model_decides_the_version() -> None:
+    """A mended config.json is another adapter: kinds, ties and task type come from it."""
+    assert planned(llama()).version != planned(llama(), config=LLAMA | {"architectures": ["LlamaModel"]}).version

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from botocore.exceptions import ClientError, ConnectionClosedError
 
@@ -188,6 +192,21 @@ class TestChanging:
         assert read(info, 10, 20) == b"a" * 10
 
 
+def test_fsspecs_settings_hold_for_both_clients(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = s3.put("x", b"abc")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name)
+    own = {"key": ADMIN[0], "secret": ADMIN[1], "endpoint_url": s3.server.endpoint}
+    monkeypatch.setitem(fsspec.config.conf, "s3", own)
+    s3.forget()
+    assert storage.list_folder(s3.url()) == [planned(url)]
+    assert read(planned(url), 0, 3) == b"abc"
+    monkeypatch.setitem(fsspec.config.conf, "s3", {**own, "key": None, "secret": None, "anon": True})
+    s3.forget()
+    for verb in VERBS:
+        refused(verb, url, CredentialsError, "AccessDenied")
+
+
 class TestBrokenAnswers:
     """What a network does to an answer on its way."""
 
@@ -352,6 +371,28 @@ class TestCreating:
         monkeypatch.setattr(client, verb, conflicted)
         assert storage.put_new(s3.url("x"), bytes(size)) == "created"
 
+    @pytest.mark.parametrize("applied", [True, False])
+    def test_an_upload_that_is_gone_was_completed_or_was_not(
+        self, s3: S3, applied: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The answer that S3 may give to a second completion, and to one whose upload somebody has aborted."""
+        monkeypatch.setattr(s3_store, "SINGLE_PUT_BYTES", 5 << 20)
+        real = the_store()._s3.complete_multipart_upload
+
+        def gone(**wanted: Any) -> Any:
+            if applied:
+                real(**wanted)
+            raise ClientError(
+                {"Error": {"Code": "NoSuchUpload"}, "ResponseMetadata": {"HTTPStatusCode": 404}}, "Complete"
+            )
+
+        monkeypatch.setattr(the_store()._s3, "complete_multipart_upload", gone)
+        if applied:
+            assert storage.put_new(s3.url("x"), bytes(6 << 20)) == "same"
+        else:
+            with pytest.raises(StorageError, match="is not there"):
+                storage.put_new(s3.url("x"), bytes(6 << 20))
+
     def test_refused_as_existing_but_gone_is_not_called_different(
         self, s3: S3, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -498,9 +539,11 @@ class TestRefusals:
             connection.close()
 
 
-def test_a_retry_prints_nothing(s3: S3, capfd: pytest.CaptureFixture[str]) -> None:
-    """Without a handler, Python's logging would put a word of the retry library on a user's stderr."""
+def test_a_retry_prints_nothing(s3: S3, tmp_path: Path) -> None:
+    """Without a handler, Python's logging puts a word of the retry library on a user's stderr; pytest has handlers."""
     s3.use(endpoint="http://127.0.0.1:9")
-    with pytest.raises(StorageError):
-        storage.stat(s3.url("x"))
-    assert capfd.readouterr() == ("", "")
+    script = "import stamina; stamina.set_testing(True, attempts=3); from phlora_pipeline.cli import main; main()"
+    flags = ["--base", s3.url("base"), "--tuned", s3.url("tuned"), "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", script, "extract", *flags], capture_output=True, text=True)
+    assert done.returncode == 12
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["error:", "fix:"]

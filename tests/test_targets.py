@@ -28,7 +28,13 @@ KINDS = [
     ("embeddings.position_embeddings.weight", (64, 8), "embedding"),
     ("transformer.wte.weight", (100, 8), "embedding"),
     ("encoder.tok_embedding.weight", (100, 8), "embedding"),
+    ("gpt_neox.embed_in.weight", (100, 8), "embedding"),
+    ("encoder.relative_attention_bias.weight", (32, 4), "embedding"),
     ("lm_head.weight", (100, 8), "lm_head"),
+    ("output.weight", (100, 8), "lm_head"),
+    ("transformer.output_layer.weight", (100, 8), "lm_head"),
+    ("embed_out.weight", (100, 8), "other"),
+    ("model.decoder.embed_positions.weight", (100, 8), "other"),
     ("pooler.dense.weight", (8, 8), "linear"),
     ("classifier.weight", (12, 8), "linear"),
     ("model.layers.0.input_layernorm.weight", (8,), "norm"),
@@ -93,12 +99,31 @@ def test_portable_takes_what_every_server_takes_of_the_type() -> None:
     assert "--for peft" in targets.server_refusal("embedding", (1000, 8), qwen)
     assert "unlisted" in targets.server_refusal("linear", (8, 8), unknown)
     assert not targets.server_refusal("attention", (8, 8), unknown)
+    assert "--for peft" not in targets.server_refusal("expert", (8, 8), unknown)  # PEFT would not find it either
 
 
-def test_peft_takes_every_matrix() -> None:
-    rules = targets.server_rules("bert", "peft")
-    assert not any(targets.server_refusal(kind, (300_000, 8), rules) for kind in targets.MATRIX_KINDS)
-    assert rules.rank_grid == ()
+def test_peft_takes_every_matrix_that_it_can_find() -> None:
+    """Experts and routers are fused in memory; PEFT follows their names for some types and drops them for others."""
+    bert, mixtral = targets.server_rules("bert", "peft"), targets.server_rules("mixtral", "peft")
+    refused = {kind for kind in targets.MATRIX_KINDS if targets.server_refusal(kind, (300_000, 8), bert)}
+    assert refused == {"expert", "router"}
+    assert not any(targets.server_refusal(kind, (300_000, 8), mixtral) for kind in targets.MATRIX_KINDS)
+    assert "--for peft" not in targets.server_refusal("expert", (8, 8), bert)
+    assert bert.rank_grid == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "tower"),
+    [
+        ("model.vision_tower.encoder.layers.0.mlp.fc1.weight", True),
+        ("visual.blocks.0.attn.qkv.weight", True),
+        ("multi_modal_projector.linear_1.weight", True),
+        ("language_model.model.layers.0.mlp.up_proj.weight", False),
+        ("model.layers.0.self_attn.q_proj.weight", False),
+    ],
+)
+def test_towers_beside_a_language_model(name: str, tower: bool) -> None:
+    assert bool(targets.tower_refusal(name)) == tower
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import boto3
 import s3fs
 import stamina
+from botocore import UNSIGNED
 from botocore import exceptions as aws
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
@@ -123,6 +124,7 @@ class S3Store:
                         return ObjectInfo(url, 0, "")
                     raise
                 answer["Body"].close()
+                _require_range(url, answer, 0)
                 return ObjectInfo(url, int(answer["ContentRange"].rpartition("/")[2]), answer["ETag"].strip('"'))
 
         return _run(url, attempt)
@@ -142,8 +144,7 @@ class S3Store:
                         raise changed(piece.url, piece.etag, "another object") from error
                     raise
                 with contextlib.closing(answer["Body"]) as body:
-                    if not answer.get("ContentRange", "").startswith(f"bytes {piece.start}-"):
-                        raise StorageError(f"{piece.url}: the server sends other bytes than those it was asked for")
+                    _require_range(piece.url, answer, piece.start)
                     _fill(piece, body)
 
         _run(piece.url, attempt)
@@ -184,8 +185,9 @@ class S3Store:
                     "endpoint_url": fs.endpoint_url, "aws_access_key_id": fs.key, "aws_secret_access_key": fs.secret,
                     "aws_session_token": fs.token, "use_ssl": fs.use_ssl,
                 }  # fmt: skip
-                session = boto3.session.Session()
-                self._client = session.client("s3", config=Config(**_CONFIG), **{**given, **fs.client_kwargs})
+                session = boto3.session.Session(profile_name=fs.kwargs.get("profile"))
+                settings = {**_CONFIG, "signature_version": UNSIGNED} if fs.anon else _CONFIG
+                self._client = session.client("s3", config=Config(**settings), **{**given, **fs.client_kwargs})
             return self._client
 
     def _put_single(self, url: str, chunks: Chunks) -> bool:
@@ -336,6 +338,15 @@ def _client_error(error: BaseException) -> ClientError | None:
     while seen is not None and not isinstance(seen, ClientError):
         seen = seen.__cause__
     return seen
+
+
+def _require_range(url: str, answer: dict[str, Any], start: int) -> None:
+    # A proxy that ignores Range sends the object from its beginning: right length, other bytes.
+    if not answer.get("ContentRange", "").startswith(f"bytes {start}-"):
+        raise StorageError(
+            f"{url}: the server sends other bytes than those it was asked for",
+            remedy="reach the store directly: what is between ignores ranges",
+        )
 
 
 def _fill(piece: ByteRange, body: Any) -> None:
