@@ -67,12 +67,16 @@ def _left_out(rows: Sequence[EnergyRow]) -> list[str]:
     failed = [f"- {_code(row.tensor)} failed: {_cell(row.reason)}" for row in rows if row.status == "failed"]
     if failed:
         failed = ["**This adapter is partial**; the energies above do not count these tensors:", "", *failed, ""]
-    grouped = reasons(summarize(rows))
+    summary = summarize(rows)
+    failed += [
+        f"- {_code(name)} could not be compared: {_cell(reason)}" for name, reason in summary.uncompared[:MOST_NAMES]
+    ]
+    grouped = reasons(summary)
     if not grouped:
-        return failed
+        return [*failed, ""] if failed else []
     lines = ["## What it leaves out", "", "| why | tensors | share of ‖ΔW‖² |", "|---|---|---|"]
     lines += [f"| {_cell(reason)} | {number} | {percent(share, 2)} |" for reason, number, share in grouped]
-    return [*failed, *lines, "", *_matrices_left_out(rows)]
+    return [*failed, "", *lines, "", *_matrices_left_out(rows)]
 
 
 def _matrices_left_out(rows: Sequence[EnergyRow]) -> list[str]:

@@ -22,7 +22,6 @@ from phlora_pipeline.safetensors_format import Header
 from phlora_pipeline.storage import ByteRange, ObjectInfo
 
 INDEX = "model.safetensors.index.json"
-SUMS = "SHA256SUMS"
 _SMALL_FILE = 64 << 20
 _FIRST_READ = 256 << 10
 _PICKLE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)$", re.IGNORECASE)
@@ -108,6 +107,10 @@ def open_checkpoint(url: str) -> Checkpoint:
         if _PICKLE.match(url):
             raise _pickled(url)
         files = {storage.basename(url): single}
+        # The model's config lies beside its file; ties and orientations are read there.
+        config = storage.stat(storage.join(url.rpartition("/")[0], "config.json"))
+        if config is not None:
+            files["config.json"] = config
         return _assemble(url, files, [storage.basename(url)], {})
     if "adapter_config.json" in files:
         raise CheckpointError(
@@ -295,19 +298,10 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _fingerprint(files: Mapping[str, ObjectInfo], shards: Sequence[str], headers: Mapping[str, str]) -> str:
-    """What identifies a checkpoint's bytes without reading them.
+    """What identifies a checkpoint's bytes without reading them: each shard's etag and size, with its header's digest.
 
-    A `SHA256SUMS` beside the shards is believed first; otherwise each shard's etag and size, with the header's digest.
+    A checksum file beside the shards has no say: one that was forgotten when the shards were replaced would let parts of
+    the old ones pass for the new.
     """
-    sums = _read_sums(files[SUMS]) if SUMS in files else {}
-    lines = [
-        f"{shard} {sums.get(shard) or f'{files[shard].etag} {files[shard].size}'} {headers[shard]}"
-        for shard in sorted(shards)
-    ]
+    lines = [f"{shard} {files[shard].etag} {files[shard].size} {headers[shard]}" for shard in sorted(shards)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _read_sums(info: ObjectInfo) -> dict[str, str]:
-    text = storage.read_object(info, limit=_SMALL_FILE).decode("utf-8", errors="replace")
-    found = re.findall(r"^([0-9a-fA-F]{64})[ \t]+\*?(?:\./)?(\S+)$", text, flags=re.MULTILINE)
-    return {name: digest.lower() for digest, name in found}

@@ -6,11 +6,12 @@ Results go to stdout, everything else to stderr. Exit codes: 0 done, or nothing 
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 from dataclasses import asdict
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+INTERRUPTED = 130
 _SELECT, _NUMERICS, _RUN = "What is adapted", "How it is computed", "How it runs"
 
 
@@ -291,19 +293,30 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def main() -> None:
     """Run the command; every expected error is two lines and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show ‖ΔW‖ is no reason to fail
     try:
-        app()
+        code = app(standalone_mode=False)
     except PhloraError as error:
-        if "--json" in sys.argv:
-            render.json_object({"error": error.what, "remedy": error.remedy, "exit_code": error.exit_code})
-        print(f"error: {error.what}", file=sys.stderr)
+        _say_json({"error": error.what, "remedy": error.remedy, "exit_code": error.exit_code})
+        render.line(f"error: {error.what}", sys.stderr)
         if error.remedy:
-            print(f"  fix: {error.remedy}", file=sys.stderr)
+            render.line(f"  fix: {error.remedy}", sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again: finished parts are kept", file=sys.stderr)
-        sys.exit(130)
+    except typer.TyperException as error:  # the command line itself is wrong
+        _say_json({"error": error.format_message(), "remedy": "see --help", "exit_code": 2})
+        error.show()  # type: ignore[attr-defined]  # every usage error has it
+        sys.exit(2)
     except Exception:
         traceback.print_exc()
         print("error: this is a bug in phlora-pipeline; please report it with the lines above", file=sys.stderr)
         sys.exit(1)
+    if code == INTERRUPTED:
+        print("interrupted; run the same command again: finished parts are kept", file=sys.stderr)
+    sys.exit(code or 0)
+
+
+def _say_json(record: dict[str, Any]) -> None:
+    if "--json" in sys.argv:
+        render.json_object(record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -41,7 +42,7 @@ class RunConfig(BaseModel):
     device: str = Field(default="auto", description="auto, cpu, cuda, or cuda:N")
     workers: int = Field(default=0, ge=0, description="Ray workers; 0: as many as the devices or processors allow")
     threads: int = Field(
-        default=0, ge=0, description="processor threads per worker, for both engines; 0: all, at most 8"
+        default=0, ge=0, le=1024, description="processor threads per worker, for both engines; 0: all, at most 8"
     )
     allow_partial: bool = False
     overwrite: bool = False
@@ -78,13 +79,19 @@ class RunConfig(BaseModel):
             object.__setattr__(self, "max_rank", self.rank)
         if not self.rank <= self.max_rank <= MAX_RANK:
             raise ValueError(f"max_rank must be between rank ({self.rank}) and {MAX_RANK}, got {self.max_rank}")
+        out = _real(self.out)
         for name in ("base", "tuned"):
-            source = getattr(self, name)
+            source = _real(getattr(self, name))
             # A checkpoint given as a file: its folder would become an adapter, and a checkpoint no more.
             folder = source.rpartition("/")[0] if source.endswith(".safetensors") else source
-            if self.out in {source, folder} or self.out.startswith(source + "/"):
+            if out in {source, folder} or out.startswith(source + "/"):
                 raise ValueError(f"the output {self.out} lies inside the {name} checkpoint {source}")
         return self
+
+
+def _real(url: str) -> str:
+    """A local path with its links followed, so that a link to a checkpoint is that checkpoint."""
+    return os.path.realpath(url) if url.startswith("/") else url
 
 
 def run_config(**settings: object) -> RunConfig:

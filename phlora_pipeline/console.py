@@ -15,7 +15,16 @@ from phlora_pipeline.extract import TaskReport
 from phlora_pipeline.plan import Plan
 from phlora_pipeline.summary import size
 
-INTERVAL = float(os.environ.get("PHLORA_PROGRESS_INTERVAL", "10"))
+
+def _interval(text: str) -> float:
+    try:
+        return max(float(text), 0.0)
+    except ValueError:
+        return 10.0
+
+
+INTERVAL = _interval(os.environ.get("PHLORA_PROGRESS_INTERVAL", "10"))
+"""Seconds between two lines of progress where there is no terminal."""
 
 
 class Reporter(Protocol):
@@ -124,4 +133,4 @@ class _Bar:
         )
 
     def warn(self, text: str) -> None:
-        self._console.print(f"[yellow]warning:[/] {text}", highlight=False)
+        self._console.print(f"warning: {text}", style="yellow", highlight=False, markup=False)

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 ENERGY_RANKS = (8, 16, 32, 64, 128, 256, 512)
+_WIDE = frozenset({torch.float64, torch.int64, torch.int32})
+"""Stored dtypes whose differences float32 would lose: they are formed in float64, and then rounded."""
+
 _CHUNK = 1 << 22
 """Elements that are held in float64 at a time: sums are exact enough, and no temporary is as large as a weight."""
 
@@ -69,12 +72,13 @@ def form_delta(base: Tensor, tuned: Tensor, out: Tensor) -> Tensor:
         (3,) float64 on `out`'s device: ‖W_base‖_F², ‖W_tuned‖_F², ‖ΔW‖_F². A NaN or an infinity among the entries
         makes the last one not finite, and nothing else does: squares of float32 values cannot overflow float64.
     """
+    dtype = torch.float64 if {base.dtype, tuned.dtype} & _WIDE else torch.float32
     flat_out = out.view(-1)
     sums = torch.zeros(3, dtype=torch.float64, device=out.device)
     for start in range(0, out.numel(), _CHUNK):
         piece = slice(start, start + _CHUNK)
-        before = base.reshape(-1)[piece].to(out.device, torch.float32)
-        after = tuned.reshape(-1)[piece].to(out.device, torch.float32)
+        before = base.reshape(-1)[piece].to(out.device, dtype)
+        after = tuned.reshape(-1)[piece].to(out.device, dtype)
         torch.sub(after, before, out=flat_out[piece])
         sums += torch.stack([sum_of_squares(before), sum_of_squares(after), sum_of_squares(flat_out[piece])])
     return sums

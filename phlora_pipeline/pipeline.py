@@ -12,7 +12,7 @@ from phlora_pipeline.card import model_card
 from phlora_pipeline.checkpoint import Checkpoint, open_checkpoint
 from phlora_pipeline.config import RunConfig
 from phlora_pipeline.driver import Resources
-from phlora_pipeline.errors import ModelFailedError, NotFoundError, PhloraError, RequestError
+from phlora_pipeline.errors import ConflictError, ModelFailedError, NotFoundError, PhloraError, RequestError
 from phlora_pipeline.extract import TaskReport, checked_device
 from phlora_pipeline.machine import available_memory, processors
 from phlora_pipeline.manifest import EnergyRow
@@ -120,6 +120,9 @@ def extract(config: RunConfig, observer: Observer) -> ExtractResult:
         # Parts that vanish have been published and cleaned up by another run of the same extraction.
         if isinstance(error, NotFoundError) and (standing := _standing(config, prepared)) is not None:
             return standing
+        if isinstance(error, RequestError) and not config.keep_parts:
+            with contextlib.suppress(PhloraError):  # refused, not interrupted: nothing will go on from these
+                reducer.drop_parts(prepared.plan)
         with contextlib.suppress(PhloraError):  # where storage itself is the error, there is no place to write it down
             run.end({"outcome": "failed", "exit_code": error.exit_code, "error": error.what, "remedy": error.remedy})
         raise
@@ -156,12 +159,17 @@ def _extract(
 
 def _standing(config: RunConfig, prepared: Prepared) -> ExtractResult | None:
     """The result of an earlier run, where this very adapter stands already."""
-    files = None if config.overwrite else reducer.standing(config.out, prepared.plan)
+    files = reducer.standing(config.out, prepared.plan, overwrite=config.overwrite)
     if files is None:
         return None
     if not config.keep_parts:
         reducer.drop_parts(prepared.plan)  # of a run that was killed after its commit
     rows = manifest.read(storage.join(config.out, reducer.MANIFEST))
+    if any(row.status == "failed" for row in rows) and not config.allow_partial:
+        raise ConflictError(
+            f"{config.out} holds a partial adapter: some tensors failed when it was extracted",
+            remedy="pass --overwrite to extract it again, or --allow-partial to accept it",
+        )
     return _result("exists" if adapter.CONFIG in files else "nothing_to_adapt", config, prepared, rows, 0, 0)
 
 
@@ -227,7 +235,7 @@ def _failed(reduction: Reduction, run: Run, config: RunConfig) -> ModelFailedErr
 
 
 def _resources(config: RunConfig) -> Resources:
-    if config.engine != "ray":
+    if config.engine != "ray" or config.device.partition(":")[0] not in {"auto", "cpu", "cuda"}:
         checked_device(config.device)
     return Resources(config.device, config.threads or min(processors(), 8), config.workers)
 

@@ -274,7 +274,7 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
         tied=tied if tied and any(pair.module == tied[0] for pair in chosen) else None,
         rank=settings.rank,
         written_rank=written,
-        warnings=tuple(_warnings(base, tuned, settings, written)),
+        warnings=tuple(_warnings(base, tuned, settings, written, pairs)),
     )
 
 
@@ -352,7 +352,8 @@ def _choose(
     experts = any(pair.kind == "expert" for pair in pairs)
     for pair in pairs:
         reason = (
-            targets.shape_refusal(pair.shape, pair.kind, pair.tuned.dtype)
+            (targets.EXCLUDED if selection.excludes(pair.name) else "")
+            or targets.shape_refusal(pair.shape, pair.kind, pair.tuned.dtype)
             or targets.shape_refusal(pair.shape, pair.kind, pair.base.dtype)
             or selection.refusal(pair.name, pair.kind)
             or (targets.tower_refusal(pair.name) if multimodal else "")
@@ -380,7 +381,7 @@ def _tied_refusal(pair: TensorPair, rules: ServerRules, tied: tuple[str, str] | 
         return ""
     source, output = tied
     if pair.module == output:
-        return f"tied to {source}, whose delta goes on both"
+        return f"tied to {source}, whose delta goes on both" if rules.tied_embeddings else f"tied to {source}"
     if pair.module == source and not output:
         return "tied to an output that the checkpoint does not name; half of a tied delta is worse than none"
     if pair.module == source and not rules.tied_embeddings:
@@ -403,7 +404,8 @@ def _tied_modules(configured: Checkpoint, pairs: Sequence[TensorPair]) -> tuple[
     source = max(inputs, key=lambda pair: pair.shape[0]).module
     outputs = [pair.module for pair in pairs if pair.kind == "lm_head"]
     if not outputs:
-        return source, "lm_head" if causal else ""
+        # Decoders that call their input so call their output lm_head; elsewhere the name is anybody's guess.
+        return source, "lm_head" if causal and source.rpartition(".")[2] in {"embed_tokens", "wte"} else ""
     return (source, outputs[0]) if configured.config.get("tie_word_embeddings") is True else None
 
 
@@ -433,14 +435,23 @@ def _nothing_matches(left_out: Mapping[str, str], unread: Mapping[str, str]) -> 
     )
 
 
-def _warnings(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings, written: int) -> Iterable[str]:
+def _warnings(
+    base: Checkpoint, tuned: Checkpoint, settings: PlanSettings, written: int, pairs: Sequence[TensorPair]
+) -> Iterable[str]:
     missing = sorted(set(base.tensors) - set(tuned.tensors))
     if missing:
         yield f"{len(missing)} tensors of the base are not in the fine-tune: {_some(missing)}"
     if written != settings.rank:
         yield f"rank {settings.rank} is written as {written}, zero-padded: the next rank that servers compute with"
+    if _has_head(tuned, base) and any("." not in pair.module for pair in pairs if pair.kind == "embedding"):
+        yield "the tensors' names lack the prefix that they have in memory under the model's head: loaders will find no module; save the whole model by save_pretrained first"
     if _multimodal(base, tuned):
         yield "a multimodal model: only its language model is adapted, and loaders may know that by other names; see that your loader reports no unexpected keys"
+
+
+def _has_head(*sides: Checkpoint) -> bool:
+    names = [str(name) for side in sides for name in side.config.get("architectures") or []]
+    return any("For" in name or "LMHead" in name for name in names)
 
 
 def _multimodal(base: Checkpoint, tuned: Checkpoint) -> bool:

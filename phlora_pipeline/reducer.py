@@ -6,10 +6,13 @@ one, so what can be opened is whole. Nothing is overwritten; a file that is ther
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -29,6 +32,8 @@ PUBLISHED = (adapter.WEIGHTS, MANIFEST, CARD, RUN, adapter.CONFIG)
 """In the order of publication."""
 
 _SMALL = 16 << 20
+_WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin")
+_OF_AN_ADAPTER = {adapter.WEIGHTS, adapter.CONFIG, MANIFEST}
 
 NOT_A_FINE_TUNE = 0.3
 FAR_FROM_BASE = 0.8
@@ -56,11 +61,6 @@ class Reduction:
     def failed(self) -> tuple[EnergyRow, ...]:
         """Rows of tensors that could not be done."""
         return tuple(row for row in self.rows if row.status == "failed")
-
-    @property
-    def changed(self) -> bool:
-        """Whether the fine-tune differs from the base in any tensor that can be compared."""
-        return any(row.delta_norm for row in self.rows)
 
     @property
     def weight_bytes(self) -> int:
@@ -105,36 +105,52 @@ def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint,
     return Reduction(tuple(rows), layout, picked, _median_cosine(results.values(), tuned), sources)
 
 
-def standing(out: str, plan: Plan) -> frozenset[str] | None:
-    """Names of the files of this very adapter that stand in `out` already; None where there is none yet.
+def standing(out: str, plan: Plan, *, overwrite: bool = False) -> frozenset[str] | None:
+    """Names of the files of this very adapter that stand in `out` already, whole; None where there is none yet.
+
+    Args:
+        out: the output folder.
+        plan: of the adapter.
+        overwrite: whether an adapter, this or another, is to be replaced.
 
     Raises:
-        ConflictError: another adapter, or somebody's files of the same names, stand there.
+        ConflictError: another adapter, or somebody's files, stand there.
     """
     there = {storage.basename(info.url): info for info in storage.list_folder(out)}
     ours = frozenset(there.keys() & set(PUBLISHED))
-    if not ours:
+    foreign = sorted(
+        name for name in there if name == "config.json" or (name.endswith(_WEIGHT_FILES) and name not in PUBLISHED)
+    )
+    if foreign:
+        raise ConflictError(
+            f"{out} is a checkpoint's folder: it holds {foreign[0]}", remedy="choose another output folder"
+        )
+    if not ours or (overwrite and ours & _OF_AN_ADAPTER):
         return None
-    if adapter.CONFIG in ours and RUN in ours:
-        if _version_of_run(there[RUN]) == plan.version:
+    if adapter.CONFIG in ours:
+        run = _run_of(there[RUN]) if RUN in ours else {}
+        whole = ours == set(PUBLISHED) and there[adapter.WEIGHTS].size == run.get("weights", {}).get("bytes")
+        if run.get("version") == plan.version and whole:
             return ours
     elif ours == {MANIFEST}:
         rows = manifest.read(there[MANIFEST].url)
         if rows and rows[0].version == plan.version:
             return ours
-    elif adapter.CONFIG not in ours and storage.list_folder(plan.tasks[0].part_url.rpartition("/")[0]):
+    elif storage.list_folder(plan.tasks[0].part_url.rpartition("/")[0]):
         return None  # this very extraction, interrupted while it published: its files will turn out the same
     raise ConflictError(
-        f"{out} already holds another adapter or its files: {', '.join(sorted(ours))}",
-        remedy="choose another output folder, or pass --overwrite to replace them",
+        f"{out} already holds another adapter, a damaged one, or files of the same names: {', '.join(sorted(ours))}",
+        remedy="choose another output folder, or pass --overwrite to replace an adapter",
     )
 
 
-def _version_of_run(info: ObjectInfo) -> object:
+def _run_of(info: ObjectInfo) -> dict[str, Any]:
     try:
-        return json.loads(storage.read_object(info, limit=_SMALL)).get("version")
-    except (ValueError, AttributeError):
-        return None  # somebody else's run.json
+        run = json.loads(storage.read_object(info, limit=_SMALL))
+    except ValueError:
+        return {}
+    ours = isinstance(run, dict) and isinstance(run.get("weights"), dict)
+    return run if ours else {}  # or somebody else's run.json
 
 
 def publish(
@@ -154,19 +170,29 @@ def publish(
         ConflictError: another file stands where one of these should go.
     """
     header, tensors = weights(reduction, plan)
+    digest = hashlib.sha256()
 
     def body() -> Iterator[bytes]:
-        yield header
-        yield from tensors()
+        nonlocal digest
+        digest = hashlib.sha256()
+        for chunk in itertools.chain((header,), tensors()):
+            digest.update(chunk)
+            yield chunk
 
-    _put(
-        out,
-        adapter.WEIGHTS,
-        storage.put_new(storage.join(out, adapter.WEIGHTS), body, size=len(header) + reduction.weight_bytes),
-    )
+    size = len(header) + reduction.weight_bytes
+    _put(out, adapter.WEIGHTS, storage.put_new(storage.join(out, adapter.WEIGHTS), body, size=size))
+    put = storage.stat(storage.join(out, adapter.WEIGHTS))
     publish_manifest(out, reduction.rows, model=model, base=base)
-    for name, text in ((CARD, card), (RUN, _json(run)), (adapter.CONFIG, _json(config))):
+    run = {**run, "weights": {"bytes": size, "sha256": digest.hexdigest()}}
+    for name, text in ((CARD, card), (RUN, _json(run))):
         _put(out, name, storage.put_new(storage.join(out, name), text.encode()))
+    # The commit names these weights. With --overwrite another run may have taken them away meanwhile.
+    if put is None or storage.stat(put.url) != put:
+        raise ConflictError(
+            f"{put.url if put else out} was replaced by another run while this one published",
+            remedy="see what the other run has published, then run again",
+        )
+    _put(out, adapter.CONFIG, storage.put_new(storage.join(out, adapter.CONFIG), _json(config).encode()))
 
 
 def publish_manifest(out: str, rows: Sequence[EnergyRow], *, model: str, base: str) -> None:
@@ -215,7 +241,9 @@ def _blank_row(plan: Plan, ref: TensorRef, base: TensorRef | None) -> EnergyRow:
 
 def _measured_row(row: EnergyRow, result: TensorResult, plan: Plan, layout: Layout) -> EnergyRow:
     if result.status == "failed":
-        return replace(row, status="failed", reason=result.reason)
+        excluded = plan.left_out.get(row.tensor) == targets.EXCLUDED
+        told = f"{targets.EXCLUDED}; {result.reason}" if excluded else result.reason
+        return replace(row, status="skipped" if excluded else "failed", reason=told)
     changed = result.delta_sq > 0
     filled = row.module in layout.zero_filled
     status: manifest.Status = "zero_filled" if filled else "skipped" if changed else "unchanged"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +11,8 @@ from rich.table import Table
 from phlora_pipeline.pipeline import ExtractResult, Prepared
 from phlora_pipeline.summary import percent, reasons, size
 from phlora_pipeline.verify import Verification
+
+MOST_NAMES = 10
 
 
 def show_result(result: ExtractResult) -> None:
@@ -42,7 +44,18 @@ def show_result(result: ExtractResult) -> None:
     )
     line(f"coverage: {percent(summary.coverage)} of ‖ΔW‖² lies in adapted tensors")
     for reason, number, share in reasons(summary):
-        line(f"  left out: {number} tensors, {percent(share, 2)} of ‖ΔW‖²: {reason}")
+        line(f"  left out: {number} tensors, {percent(share, 2)} of ‖ΔW‖²: {reason} ({_some(result, reason)})")
+    for name, reason in summary.uncompared[:MOST_NAMES]:
+        line(f"  not compared: {name}: {reason}")
+    if len(summary.uncompared) > MOST_NAMES:
+        line(f"  not compared: {len(summary.uncompared) - MOST_NAMES} more, in the manifest")
+
+
+def _some(result: ExtractResult, reason: str, most: int = 3) -> str:
+    """The tensors with the largest change among those left out for a reason, with ‖ΔW‖/‖W‖."""
+    told = [(name, relative) for name, why, _, relative in result.summary.left_out if why == reason]
+    names = [f"{name} changed by {percent(relative, 2)}" for name, relative in told[:most]]
+    return ", ".join(names) + (" …" if len(told) > most else "")
 
 
 def plan_record(prepared: Prepared) -> dict[str, Any]:
@@ -105,5 +118,6 @@ def json_object(record: dict[str, Any]) -> None:
     print(json.dumps(record, indent=2, default=str))
 
 
-def line(text: str) -> None:
-    print(text)
+def line(text: str, stream: TextIO | None = None) -> None:
+    """One line; names in it come from checkpoints, and must not move the cursor or colour the terminal."""
+    print("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text), file=stream)

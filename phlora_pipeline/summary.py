@@ -21,6 +21,7 @@ class Summary:
         preserved_energy: E_r over the adapted tensors.
         written_energy: the same from the values as stored.
         energy_at: E_r over the adapted tensors at each rank; None where it is not known for all of them.
+        uncompared: tensors that could not be compared with the base: (tensor, reason). Their change is not known, and is in no share.
         left_out: the changed tensors that are not adapted, largest share of ‖ΔW‖² first: (tensor, reason, share, relative change).
     """
 
@@ -34,6 +35,7 @@ class Summary:
     preserved_energy: float | None
     written_energy: float | None
     energy_at: dict[int, float | None]
+    uncompared: tuple[tuple[str, str], ...]
     left_out: tuple[tuple[str, str, float, float | None], ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -58,6 +60,9 @@ def summarize(rows: Sequence[EnergyRow]) -> Summary:
         preserved_energy=_mean(factored, [row.preserved_energy for row in factored]),
         written_energy=_mean(factored, [row.written_energy for row in factored]),
         energy_at={rank: _mean(factored, [row.energy_at.get(rank) for row in factored]) for rank in ENERGY_RANKS},
+        uncompared=tuple(
+            (row.tensor, row.reason) for row in rows if row.status == "skipped" and row.delta_norm is None
+        ),
         left_out=tuple((row.tensor, row.reason, _squared(row) / total, row.relative_change) for row in out),
     )
 

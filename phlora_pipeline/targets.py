@@ -21,6 +21,8 @@ Kind = Literal[
 Targets = Literal["all", "linear", "paper"]
 Dialect = Literal["portable", "peft"]
 
+EXCLUDED = "excluded by --exclude"
+
 MATRIX_KINDS: frozenset[Kind] = frozenset({"attention", "mlp", "expert", "router", "embedding", "lm_head", "linear"})
 _TARGET_KINDS: dict[Targets, frozenset[Kind]] = {
     "all": MATRIX_KINDS,
@@ -29,7 +31,7 @@ _TARGET_KINDS: dict[Targets, frozenset[Kind]] = {
 }
 
 _EMBEDDING = re.compile(
-    r"^(embed_tokens|embed_in|embed(ding)?s?|wte|wpe|shared|relative_attention_bias)$|_embeddings?$"
+    r"^(embed_tokens|embed_in|tokens_embed|positions_embed|embed(ding)?s?|wte|wpe|shared|relative_attention_bias)$|_embeddings?$"
 )
 # Looked up by a forward of their own (OPT, BART, Whisper), by none (DeBERTa), or under another name in memory (GPT-NeoX):
 # a LoRA beside them fails, or is never asked.
@@ -40,7 +42,7 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 _ROUTER = re.compile(r"\.(gate|router|router\.layer|shared_expert_gate)$")
 _NORM = re.compile(r"(norm\w*|(^|_)ln(_\w+)?\d*)$", re.IGNORECASE)
 _ATTENTION = re.compile(
-    r"(^|\.)(self_?attn\w*|\w*attention\w*|attn\w*|mixer)\.|(^|\.)([qkvo]_proj|qkv(_proj)?|query_key_value|w[qkvo]|W_pack|query|key|value)$"
+    r"(^|\.)(self_?attn\w*|\w*attention\w*|attn\w*)\.|(^|\.)([qkvo]_proj|qkv(_proj)?|query_key_value|w[qkvo]|W_pack|query|key|value)$"
 )
 _MLP = re.compile(
     r"(^|\.)(mlp|feed_?forward|ffn?|intermediate|block_sparse_moe|shared_expert)\.|(^|\.)(gate_proj|up_proj|down_proj|gate_up_proj|fc\d|w[123]|lin[12]|dense_\w+)$|\.layers?\.\d+\.output\.dense$"
@@ -171,7 +173,7 @@ class Selection:
     def refusal(self, name: str, kind: Kind) -> str:
         """Why a matrix is not adapted by the user's choice; empty where it is."""
         if self.excludes(name):
-            return "excluded by --exclude"
+            return EXCLUDED
         if self.include:
             return "" if any(_matches(name, pattern) for pattern in self.include) else "not named by --include"
         return "" if kind in _TARGET_KINDS[self.targets] else f"--targets {self.targets} leaves out kind {kind}"

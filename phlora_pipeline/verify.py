@@ -18,6 +18,7 @@ import torch
 from phlora_pipeline import adapter, lowrank, manifest, storage, targets
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef, open_checkpoint, open_file, read_tensors
 from phlora_pipeline.errors import NotFoundError, RequestError
+from phlora_pipeline.extract import checked_device
 from phlora_pipeline.manifest import EnergyRow
 
 TOLERANCE = 1e-4
@@ -81,6 +82,7 @@ def verify(
     Raises:
         RequestError: one of the three cannot be read as what it should be.
     """
+    where = checked_device(device)
     base, tuned = open_checkpoint(base_url), open_checkpoint(tuned_url)
     folder = storage.normalize(adapter_url)
     config = _config(folder)
@@ -88,10 +90,10 @@ def verify(
     tensors, _ = open_file(storage.join(folder, adapter.WEIGHTS))
     pairs, problems = _pairs(tensors, rank)
     promised = _promises(folder)
+    problems += _digest_problems(folder)
     problems += _key_problems(pairs, config, base, promised)
     measured = [
-        _check(module, pair, base, tuned, promised, scale, tolerance, torch.device(device))
-        for module, pair in sorted(pairs.items())
+        _check(module, pair, base, tuned, promised, scale, tolerance, where) for module, pair in sorted(pairs.items())
     ]
     kept, total = math.fsum(kept for _, kept, _ in measured), math.fsum(total for _, _, total in measured)
     return Verification(tuple(check for check, _, _ in measured), tuple(problems), kept / total if total else None)
@@ -151,6 +153,17 @@ def _pairs(tensors: Mapping[str, TensorRef], rank: int) -> tuple[dict[str, _Pair
 def _promises(folder: str) -> dict[str, EnergyRow]:
     url = storage.join(folder, "energy.parquet")
     return {row.module: row for row in manifest.read(url)} if storage.stat(url) else {}
+
+
+def _digest_problems(folder: str) -> Iterator[str]:
+    """Are these the weights that the run published? Two adapters of one shape look alike to every loader."""
+    info, weights = storage.stat(storage.join(folder, "run.json")), storage.stat(storage.join(folder, adapter.WEIGHTS))
+    try:
+        promised = json.loads(storage.read_object(info, limit=_SMALL))["weights"]["sha256"] if info else ""
+    except (ValueError, KeyError, TypeError):
+        return  # somebody else's run.json
+    if promised and weights and storage.sha256(weights) != promised:
+        yield f"{adapter.WEIGHTS} is not the file that run.json tells of"
 
 
 def _key_problems(

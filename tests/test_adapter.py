@@ -163,3 +163,11 @@ def test_conv1d_weights_ask_for_fan_in_fan_out() -> None:
 def test_selection_reaches_the_layout() -> None:
     made = plan_of(llama(), replace(SETTINGS, dialect="peft", selection=Selection(include=("*.o_proj",))))
     assert {module.rpartition(".")[2] for module in adapter.make_layout(made, everything(made)).modules} == {"o_proj"}
+
+
+def test_auto_dtype_is_that_of_most_entries() -> None:
+    """Not of the first tensor: a few float32 matrices in a bfloat16 checkpoint do not double the adapter."""
+    made = plan_of(llama(), dtype="BF16")
+    first, *others = made.adapted
+    odd = replace(first, tuned=replace(first.tuned, dtype="F32"))
+    assert adapter.pick_dtype("auto", [odd, *others]) == "bfloat16"

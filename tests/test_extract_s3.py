@@ -185,6 +185,7 @@ def test_an_upload_that_is_under_way_is_incomplete_not_broken(s3: S3, zoo: tuple
     assert "wait for the upload" in error.remedy
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_after_the_plan_commits_nothing(s3: S3, tmp_path: Path) -> None:
     base = toys.llama_tensors()
     with running_server() as server:
@@ -198,6 +199,7 @@ def test_a_server_that_dies_after_the_plan_commits_nothing(s3: S3, tmp_path: Pat
     assert {path.name for path in (tmp_path / "out").iterdir()} <= {"_runs", "_parts"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "code"), [(ADMIN, 0), ((ADMIN[0], "wrong"), 11)], ids=["right", "wrong"])
 def test_the_command_itself(s3: S3, zoo: tuple[Path, Path], key: tuple[str, str], code: int) -> None:
     s3.use(key)

@@ -98,9 +98,9 @@ def test_delta_is_formed_in_float32_whatever_is_stored(dtype: torch.dtype) -> No
     tuned = (base.double() * 1.003).to(dtype)
     out = torch.empty(33, 65)
     base_sq, tuned_sq, delta_sq = lowrank.form_delta(base, tuned, out).tolist()
-    expected = tuned.to(torch.float32) - base.to(torch.float32)
+    expected = (tuned.double() - base.double()).float()
     assert torch.equal(out, expected)
-    for found, values in ((base_sq, base.float()), (tuned_sq, tuned.float()), (delta_sq, expected)):
+    for found, values in ((base_sq, base), (tuned_sq, tuned), (delta_sq, expected)):
         assert found == pytest.approx(float(values.double().square().sum()), rel=1e-12)
 
 
@@ -110,6 +110,18 @@ def test_mixed_dtypes_are_subtracted_exactly() -> None:
     out = torch.empty(1, 2)
     lowrank.form_delta(base, tuned, out)
     assert out.tolist() == [[2**-20, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned"),
+    [
+        (torch.tensor([[1.0]], dtype=torch.float64), torch.tensor([[1.0 + 1e-10]], dtype=torch.float64)),
+        (torch.tensor([2**40]), torch.tensor([2**40 + 1])),
+    ],
+)
+def test_a_change_that_float32_cannot_hold_is_no_zero(base: Tensor, tuned: Tensor) -> None:
+    out = torch.empty(base.shape)
+    assert lowrank.form_delta(base, tuned, out)[2].item() > 0
 
 
 def test_norms_do_not_overflow_where_float32_squares_do() -> None:

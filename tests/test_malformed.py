@@ -92,6 +92,7 @@ def test_a_malformed_base_is_refused_like_a_malformed_fine_tune(name: str, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["last byte missing", "HTML", "shard with a newline"])
 def test_the_command_says_it_in_two_lines(name: str, tmp_path: Path, base: Path) -> None:
     bad, _ = built(CORPUS[name], tmp_path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -71,6 +73,7 @@ def test_a_plan_is_a_pure_function_of_headers_and_settings() -> None:
     [
         ({"rank": 4}, False),
         ({"identity": (("dtype", "float16"),)}, False),
+        ({"dialect": "peft"}, False),
         ({"max_rank": 16}, True),
         ({"selection": Selection("paper")}, True),
     ],
@@ -249,3 +252,22 @@ def test_a_multimodal_models_towers_are_left_out_and_it_is_warned() -> None:
 def test_what_config_json_says_of_the_model_decides_the_version() -> None:
     """A mended config.json is another adapter: kinds, ties and task type come from it."""
     assert planned(llama()).version != planned(llama(), config=LLAMA | {"architectures": ["LlamaModel"]}).version
+
+
+def test_memory_counts_the_solvers_own() -> None:
+    """A copy, U, Vh and LAPACK's workspace: several times the matrix, and most where it is square."""
+    [square] = [task for task in planned(llama(hidden=512)).tasks if task.block.shape == (512, 512)]
+    assert square.worker_bytes > square.block.delta_bytes + 5 * 4 * 512 * 512
+
+
+def test_a_package_that_is_built_holds_every_module() -> None:
+    """An editable install would hide a sub-package that is left out."""
+    from setuptools import find_packages
+
+    root = Path(__file__).parent.parent
+    wanted = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    found = find_packages(str(root), include=wanted)
+    folders = {
+        str(path.parent.relative_to(root)).replace("/", ".") for path in (root / "phlora_pipeline").rglob("*.py")
+    }
+    assert set(found) == folders

@@ -71,6 +71,7 @@ class TestReading:
         assert found == [planned(info.url) for info in found]
         assert read(found[2], 0, 17) == "sp ace é+#?%20=&".encode()
 
+    @pytest.mark.slow
     def test_a_listing_of_many_objects_is_whole(self, s3: S3) -> None:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda number: s3.put(f"many/{number:04d}", b""), range(1001)))
@@ -303,6 +304,7 @@ class TestCreating:
 
         monkeypatch.setattr(the_store()._s3, "complete_multipart_upload", complete)
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures("one_completion_at_a_time")
     def test_of_eight_writers_one_creates(self, s3: S3, size: int) -> None:
         bodies = [bytes([number]) * size for number in range(8)]
@@ -507,6 +509,7 @@ class TestRefusals:
         for verb in VERBS:
             refused(verb, s3.url("x"), StorageError, "127.0.0.1:9")
 
+    @pytest.mark.slow
     def test_a_server_that_dies(self, s3: S3) -> None:
         with running_server() as server:
             s3.use(endpoint=server.endpoint)
@@ -516,6 +519,7 @@ class TestRefusals:
             for verb in VERBS:
                 refused(verb, url, StorageError, "storage does not answer")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("verb", VERBS)
     def test_a_server_that_hangs(self, s3: S3, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """It takes connections and never answers; and no client below ours tries once more on its own."""
@@ -539,6 +543,7 @@ class TestRefusals:
             connection.close()
 
 
+@pytest.mark.slow
 def test_a_retry_prints_nothing(s3: S3, tmp_path: Path) -> None:
     """Without a handler, Python's logging puts a word of the retry library on a user's stderr; pytest has handlers."""
     s3.use(endpoint="http://127.0.0.1:9")

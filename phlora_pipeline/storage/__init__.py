@@ -23,6 +23,7 @@ from phlora_pipeline.storage.verbs import (
     read_object,
     read_ranges,
     require_writable,
+    sha256,
     stat,
 )
 
@@ -42,5 +43,6 @@ __all__ = [
     "read_object",
     "read_ranges",
     "require_writable",
+    "sha256",
     "stat",
 ]

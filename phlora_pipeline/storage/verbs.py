@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -99,6 +100,17 @@ def read_object(info: ObjectInfo, *, limit: int) -> bytes:
     if data:
         read_ranges([ByteRange(info.url, info.etag, 0, memoryview(data))])
     return bytes(data)
+
+
+def sha256(info: ObjectInfo) -> str:
+    """Digest (hex) of an object's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    buffer = bytearray(min(info.size, 16 << 20))
+    for start in range(0, info.size, len(buffer) or 1):
+        piece = memoryview(buffer)[: min(len(buffer), info.size - start)]
+        read_ranges([ByteRange(info.url, info.etag, start, piece)])
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def put_new(url: str, body: bytes | Chunks, *, size: int | None = None) -> PutOutcome:
