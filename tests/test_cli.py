@@ -180,6 +180,9 @@ class TestHelp:
         done = phlora(*arguments)
         assert (done.code, done.out) == (2, "")
         assert "Usage: " in done.err
+        told = phlora(*arguments, "--json")
+        assert (told.code, told.json["exit_code"]) == (2, 2)
+        assert told.json["error"]
 
 
 class TestPlaces:
@@ -410,6 +413,7 @@ def test_a_run_that_is_stopped_commits_nothing_and_goes_on_later(job: Job, by: s
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, ""), err
     assert "Traceback" not in err
+    assert ("interrupted; run the same command again" in err) == (by == signal.SIGINT)
     assert published(job.out) == {}
     parts = len(list(job.out.glob("_parts/*/*.safetensors")))
     assert parts
