@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from phlora_pipeline.manifest import EnergyRow
 from phlora_pipeline.plan import Plan
-from phlora_pipeline.summary import percent, reasons, summarize
+from phlora_pipeline.summary import Summary, percent, reasons, summarize
 
 MOST_NAMES = 40
 
@@ -42,7 +42,7 @@ def model_card(plan: Plan, rows: Sequence[EnergyRow], *, base_name: str, dtype: 
         f"{summary.adapted} tensors are adapted, {summary.unchanged} unchanged, {summary.zero_filled} zero-filled to complete a family, {summary.skipped} left out, {summary.failed} failed. `energy.parquet` has a row for each.",
         "",
     ]
-    lines += _left_out(rows)
+    lines += _left_out(rows, summary)
     lines += [
         "## Loading it",
         "",
@@ -63,11 +63,10 @@ def model_card(plan: Plan, rows: Sequence[EnergyRow], *, base_name: str, dtype: 
     return "\n".join(lines)
 
 
-def _left_out(rows: Sequence[EnergyRow]) -> list[str]:
+def _left_out(rows: Sequence[EnergyRow], summary: Summary) -> list[str]:
     failed = [f"- {_code(row.tensor)} failed: {_cell(row.reason)}" for row in rows if row.status == "failed"]
     if failed:
         failed = ["**This adapter is partial**; the energies above do not count these tensors:", "", *failed, ""]
-    summary = summarize(rows)
     failed += [
         f"- {_code(name)} could not be compared: {_cell(reason)}" for name, reason in summary.uncompared[:MOST_NAMES]
     ]
@@ -76,13 +75,13 @@ def _left_out(rows: Sequence[EnergyRow]) -> list[str]:
         return [*failed, ""] if failed else []
     lines = ["## What it leaves out", "", "| why | tensors | share of ‖ΔW‖² |", "|---|---|---|"]
     lines += [f"| {_cell(reason)} | {number} | {percent(share, 2)} |" for reason, number, share in grouped]
-    return [*failed, "", *lines, "", *_matrices_left_out(rows)]
+    return [*failed, "", *lines, "", *_matrices_left_out(rows, summary)]
 
 
-def _matrices_left_out(rows: Sequence[EnergyRow]) -> list[str]:
+def _matrices_left_out(rows: Sequence[EnergyRow], summary: Summary) -> list[str]:
     """By name, since each of these could have carried a pair; norms and biases are in the manifest."""
     matrices = {row.tensor for row in rows if len(row.shape) >= 2}
-    out = [(name, share) for name, _, share, _ in summarize(rows).left_out if name in matrices]
+    out = [(name, share) for name, _, share, _ in summary.left_out if name in matrices]
     if not out:
         return []
     names = [f"- {_code(name)}: {percent(share, 2)} of ‖ΔW‖²" for name, share in out[:MOST_NAMES]]

@@ -83,6 +83,11 @@ class Checkpoint:
         return str(self.config.get("model_type", ""))
 
     @property
+    def architectures(self) -> tuple[str, ...]:
+        """`architectures` of `config.json`: names of model classes."""
+        return tuple(str(name) for name in self.config.get("architectures") or ())
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors as stored."""
         return sum(ref.nbytes for ref in self.tensors.values())

@@ -189,7 +189,7 @@ def _publish(config: RunConfig, prepared: Prepared, reduction: Reduction) -> Out
             plan,
             reduction.layout,
             prepared.base_name,
-            [str(name) for name in (prepared.tuned.config or prepared.base.config).get("architectures") or []],
+            (prepared.tuned if prepared.tuned.config else prepared.base).architectures,
         ),
         card=model_card(plan, reduction.rows, base_name=prepared.base_name, dtype=reduction.dtype),
         run=_run_record(config, prepared, reduction),

@@ -168,6 +168,11 @@ class Plan:
         return tuple(sorted(found, key=lambda pair: pair.name))
 
     @property
+    def parts_folder(self) -> str:
+        """Where all its parts are, and no others."""
+        return self.tasks[0].part_url.rpartition("/")[0]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of tensors to read."""
         return sum(task.block.nbytes for task in self.tasks)
@@ -394,9 +399,12 @@ def _tied_modules(configured: Checkpoint, pairs: Sequence[TensorPair]) -> tuple[
 
     Tied is what `tie_word_embeddings` says, or what a checkpoint without an output matrix of its own leaves no doubt of.
     """
-    architectures = [str(name) for name in configured.config.get("architectures") or []]
-    causal = any("ForCausalLM" in name or "LMHead" in name for name in architectures)
-    tied = any(part in name for name in architectures for part in ("MaskedLM", "PreTraining", "ConditionalGeneration"))
+    causal = any("ForCausalLM" in name or "LMHead" in name for name in configured.architectures)
+    tied = any(
+        part in name
+        for name in configured.architectures
+        for part in ("MaskedLM", "PreTraining", "ConditionalGeneration")
+    )
     inputs = [pair for pair in pairs if pair.kind == "embedding"]
     if not inputs or not (causal or tied) or configured.config.get("tie_word_embeddings") is False:
         return None
@@ -450,8 +458,7 @@ def _warnings(
 
 
 def _has_head(*sides: Checkpoint) -> bool:
-    names = [str(name) for side in sides for name in side.config.get("architectures") or []]
-    return any("For" in name or "LMHead" in name for name in names)
+    return any("For" in name or "LMHead" in name for side in sides for name in side.architectures)
 
 
 def _multimodal(base: Checkpoint, tuned: Checkpoint) -> bool:

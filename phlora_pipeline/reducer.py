@@ -128,7 +128,7 @@ def standing(out: str, plan: Plan, *, overwrite: bool = False) -> frozenset[str]
     if not ours or (overwrite and ours & _OF_AN_ADAPTER):
         return None
     if adapter.CONFIG in ours:
-        run = _run_of(there[RUN]) if RUN in ours else {}
+        run = run_record(there[RUN]) if RUN in ours else {}
         whole = ours == set(PUBLISHED) and there[adapter.WEIGHTS].size == run.get("weights", {}).get("bytes")
         if run.get("version") == plan.version and whole:
             return ours
@@ -136,7 +136,7 @@ def standing(out: str, plan: Plan, *, overwrite: bool = False) -> frozenset[str]
         rows = manifest.read(there[MANIFEST].url)
         if rows and rows[0].version == plan.version:
             return ours
-    elif storage.list_folder(plan.tasks[0].part_url.rpartition("/")[0]):
+    elif storage.list_folder(plan.parts_folder):
         return None  # this very extraction, interrupted while it published: its files will turn out the same
     raise ConflictError(
         f"{out} already holds another adapter, a damaged one, or files of the same names: {', '.join(sorted(ours))}",
@@ -144,13 +144,14 @@ def standing(out: str, plan: Plan, *, overwrite: bool = False) -> frozenset[str]
     )
 
 
-def _run_of(info: ObjectInfo) -> dict[str, Any]:
+def run_record(info: ObjectInfo) -> dict[str, Any]:
+    """A `run.json` that names its weights by `bytes` and `sha256`; empty where it is somebody else's file of that name."""
     try:
         run = json.loads(storage.read_object(info, limit=_SMALL))
     except ValueError:
         return {}
     ours = isinstance(run, dict) and isinstance(run.get("weights"), dict)
-    return run if ours else {}  # or somebody else's run.json
+    return run if ours else {}
 
 
 def publish(
@@ -208,11 +209,10 @@ def unpublish(out: str) -> None:
 
 def drop_parts(plan: Plan) -> None:
     """Remove the parts of a plan whose adapter stands, where there are any."""
-    folder = plan.tasks[0].part_url.rpartition("/")[0]
-    for part in storage.list_folder(folder):
+    for part in storage.list_folder(plan.parts_folder):
         storage.delete(part.url)
-    storage.drop_empty_folder(folder)
-    storage.drop_empty_folder(folder.rpartition("/")[0])
+    storage.drop_empty_folder(plan.parts_folder)
+    storage.drop_empty_folder(plan.parts_folder.rpartition("/")[0])
 
 
 def weights(reduction: Reduction, plan: Plan) -> tuple[bytes, parts.Body]:

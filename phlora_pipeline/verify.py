@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from phlora_pipeline import adapter, lowrank, manifest, storage, targets
+from phlora_pipeline import adapter, lowrank, manifest, reducer, storage, targets
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef, open_checkpoint, open_file, read_tensors
 from phlora_pipeline.errors import NotFoundError, RequestError
 from phlora_pipeline.extract import checked_device
@@ -151,19 +151,16 @@ def _pairs(tensors: Mapping[str, TensorRef], rank: int) -> tuple[dict[str, _Pair
 
 
 def _promises(folder: str) -> dict[str, EnergyRow]:
-    url = storage.join(folder, "energy.parquet")
+    url = storage.join(folder, reducer.MANIFEST)
     return {row.module: row for row in manifest.read(url)} if storage.stat(url) else {}
 
 
 def _digest_problems(folder: str) -> Iterator[str]:
     """Are these the weights that the run published? Two adapters of one shape look alike to every loader."""
-    info, weights = storage.stat(storage.join(folder, "run.json")), storage.stat(storage.join(folder, adapter.WEIGHTS))
-    try:
-        promised = json.loads(storage.read_object(info, limit=_SMALL))["weights"]["sha256"] if info else ""
-    except (ValueError, KeyError, TypeError):
-        return  # somebody else's run.json
+    info, weights = storage.stat(storage.join(folder, reducer.RUN)), storage.stat(storage.join(folder, adapter.WEIGHTS))
+    promised = reducer.run_record(info).get("weights", {}).get("sha256") if info else None
     if promised and weights and storage.sha256(weights) != promised:
-        yield f"{adapter.WEIGHTS} is not the file that run.json tells of"
+        yield f"{adapter.WEIGHTS} is not the file that {reducer.RUN} tells of"
 
 
 def _key_problems(
