@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
 UV     := 0.13.9
 
 # Ray talks to this machine only, and tells nobody about it.
@@ -26,7 +27,7 @@ check: $(STAMP)  ## lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
-bench: $(STAMP)  ## what the pipeline costs beside the bare decompositions
+bench: $(BENCH_STAMP)  ## speed and quality beside the libraries, mergekit, and the machine's own limit (an hour or two)
 	$(BIN)/python -m jobs.bench
 
 format: $(STAMP)
@@ -42,6 +43,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt torch==2.13.0 -e '.[dev]'
 	touch $@
 
+# Peers that only the benchmark needs; mergekit gets an environment of its own, under .bench.
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[bench]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .demo .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

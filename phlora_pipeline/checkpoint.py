@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,6 +60,12 @@ class TensorRef:
     def nbytes(self) -> int:
         """Bytes as stored."""
         return self.stop - self.start
+
+    def entries(self, start: int, stop: int) -> TensorRef:
+        """Some of its entries, in row-major order, as a vector; as many as there are up to `stop`."""
+        numel = math.prod(self.shape)
+        each, stop = self.nbytes // max(numel, 1), min(stop, numel)
+        return replace(self, shape=(stop - start,), start=self.start + each * start, stop=self.start + each * stop)
 
 
 @dataclass(frozen=True, slots=True)

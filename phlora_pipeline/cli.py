@@ -6,19 +6,22 @@ Results go to stdout, everything else to stderr. Exit codes: 0 done, or nothing 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import io
+import os
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
-from phlora_pipeline import __version__, config, console, pipeline, render
-from phlora_pipeline import convert as conversion
-from phlora_pipeline import verify as verification
+from phlora_pipeline import __version__, console, render
 from phlora_pipeline.errors import PhloraError
+from phlora_pipeline.machine import default_threads
 from phlora_pipeline.summary import size
 
 app = typer.Typer(
@@ -70,6 +73,9 @@ class Engine(StrEnum):
 class Solver(StrEnum):
     """How the factors are computed."""
 
+    AUTO = "auto"
+    KRYLOV = "krylov"
+    GRAM = "gram"
     EXACT = "exact"
 
 
@@ -89,7 +95,8 @@ Rank = Annotated[int, typer.Option("--rank", "-r", help="Rank r of the adapter, 
 MaxRank = Annotated[
     int,
     typer.Option(
-        "--max-rank", help="Singular values kept for the manifest; E_r is known up to here. 0: the same as --rank."
+        "--max-rank",
+        help="Singular values kept for the manifest; E_r is known up to here. 0: the same as --rank, or 128 with --energy.",
     ),
 ]
 TargetsOption = Annotated[
@@ -145,7 +152,33 @@ DtypeOption = Annotated[
 ]
 SolverOption = Annotated[
     Solver,
-    typer.Option("--solver", rich_help_panel=_NUMERICS, help="exact: full SVD by LAPACK or cuSOLVER, truncated."),
+    typer.Option(
+        "--solver",
+        rich_help_panel=_NUMERICS,
+        help="auto: the cheapest that meets --tolerance; krylov: block Krylov; gram: eigenvectors of ΔWΔWᵀ; exact: full SVD.",
+    ),
+]
+Tolerance = Annotated[
+    float,
+    typer.Option(
+        "--tolerance",
+        rich_help_panel=_NUMERICS,
+        help="Share of ‖ΔW‖² that the factors may certifiably lose against the optimal ones of their rank.",
+    ),
+]
+Energy = Annotated[
+    float | None,
+    typer.Option(
+        "--energy",
+        metavar="SHARE",
+        help="Instead of --rank: each tensor's smallest rank that keeps this share of its ‖ΔW‖², at most --max-rank.",
+    ),
+]
+ProfileOption = Annotated[
+    str,
+    typer.Option(
+        "--profile", metavar="FILE", rich_help_panel=_NUMERICS, help="Rates of your device, from phlora calibrate."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and no progress.")]
 
@@ -156,6 +189,7 @@ def extract(
     tuned: Tuned,
     out: Out,
     rank: Rank = 32,
+    energy: Energy = None,
     max_rank: MaxRank = 0,
     targets: TargetsOption = Targets.ALL,
     include: Include = None,
@@ -163,7 +197,9 @@ def extract(
     dialect: For = Dialect.PORTABLE,
     base_name: BaseName = "",
     dtype: DtypeOption = Dtype.AUTO,
-    solver: SolverOption = Solver.EXACT,
+    solver: SolverOption = Solver.AUTO,
+    tolerance: Tolerance = 1e-3,
+    profile: ProfileOption = "",
     engine: Annotated[
         Engine,
         typer.Option(
@@ -214,11 +250,15 @@ def extract(
 
     Example: phlora extract --base ./llama --tuned s3://zoo/llama-support --out ./adapter --rank 32
     """
+    from phlora_pipeline import config
+
     settings = config.run_config(
-        base=base, tuned=tuned, out=out, rank=rank, max_rank=max_rank, targets=targets.value, include=tuple(include or ()), exclude=tuple(exclude or ()),
-        dialect=dialect.value, base_name=base_name, dtype=dtype.value, solver=solver.value, engine=engine.value, device=device, workers=workers,
+        base=base, tuned=tuned, out=out, rank=rank, energy=energy, max_rank=max_rank, targets=targets.value, include=tuple(include or ()), exclude=tuple(exclude or ()),
+        dialect=dialect.value, base_name=base_name, dtype=dtype.value, solver=solver.value, tolerance=tolerance, profile=profile, engine=engine.value, device=device, workers=workers,
         threads=threads, allow_partial=allow_partial, overwrite=overwrite, force=force, keep_parts=keep_parts,
     )  # fmt: skip
+    with _loading():
+        from phlora_pipeline import pipeline
     with console.reporter(quiet=json_output) as observer:
         result = pipeline.extract(settings, observer)
     render.json_object(asdict(result)) if json_output else render.show_result(result)
@@ -229,18 +269,26 @@ def plan(
     base: Base,
     tuned: Tuned,
     rank: Rank = 32,
+    energy: Energy = None,
     max_rank: MaxRank = 0,
     targets: TargetsOption = Targets.ALL,
     include: Include = None,
     exclude: Exclude = None,
     dialect: For = Dialect.PORTABLE,
+    solver: SolverOption = Solver.AUTO,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    profile: ProfileOption = "",
     json_output: Json = False,
 ) -> None:
     """Say what extract would do: which tensors, which not and why, bytes, work and memory. Reads headers only."""
+    from phlora_pipeline import config
+
     settings = config.run_config(
-        base=base, tuned=tuned, rank=rank, max_rank=max_rank, targets=targets.value,
-        include=tuple(include or ()), exclude=tuple(exclude or ()), dialect=dialect.value,
+        base=base, tuned=tuned, rank=rank, energy=energy, max_rank=max_rank, targets=targets.value, include=tuple(include or ()),
+        exclude=tuple(exclude or ()), dialect=dialect.value, solver=solver.value, device=device, profile=profile,
     )  # fmt: skip
+    with _loading():
+        from phlora_pipeline import pipeline
     prepared = pipeline.plan(settings)
     render.json_object(render.plan_record(prepared)) if json_output else render.show_plan(prepared)
 
@@ -254,6 +302,8 @@ def verify(
     json_output: Json = False,
 ) -> None:
     """Measure from its bytes what an adapter keeps of the update, and check its keys. Exit 13 when anything is off."""
+    with _loading():
+        from phlora_pipeline import verify as verification
     found = verification.verify(base, tuned, adapter, device=device)
     record = {
         "passed": found.passed,
@@ -275,6 +325,8 @@ def convert(
     json_output: Json = False,
 ) -> None:
     """Convert a pickled checkpoint to safetensors, in a process of its own that holds no credentials."""
+    from phlora_pipeline import convert as conversion
+
     done = conversion.convert(source, out)
     if json_output:
         render.json_object(asdict(done))
@@ -282,6 +334,25 @@ def convert(
         render.line(f"{done.tensors} tensors, {size(done.nbytes)} → {done.out}/model.safetensors")
         if done.dropped:
             render.line(f"{len(done.dropped)} entries are no tensors and were dropped: {', '.join(done.dropped[:5])}")
+
+
+@app.command()
+def calibrate(
+    out: Annotated[str, typer.Option("--out", metavar="FILE", help="Where the profile goes, as JSON.")],
+    name: Annotated[str, typer.Option("--name", help="Of the profile, for manifests and messages.")] = "custom",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[int, typer.Option("--threads", min=0, help="As extract will have them. 0: all, at most 8.")] = 0,
+    json_output: Json = False,
+) -> None:
+    """Measure this device's rates, from which --solver auto picks its routes: extract --profile FILE. Takes a minute.
+
+    Without one, rates of a device of the same kind are used; it pays where yours differs much from those.
+    """
+    with _loading():
+        from phlora_pipeline import calibrate as calibration
+    found = calibration.measure(device, threads or default_threads(), name)
+    calibration.write(found, out)
+    render.json_object(asdict(found)) if json_output else render.show_profile(asdict(found), out)
 
 
 @app.callback(invoke_without_command=True)
@@ -320,3 +391,21 @@ def main() -> None:
 def _say_json(record: dict[str, Any]) -> None:
     if "--json" in sys.argv:
         render.json_object(record)
+
+
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    """Around an import that brings torch, and with it a quarter of a million objects that stay as long as the process.
+
+    The garbage collector would look through them again and again while they are made, and once more at exit: a third of
+    the time of a small run. Help and refused settings do without torch, so that it is imported late.
+    """
+    # OpenMP's threads spin between one thin product and the next, and on a shared machine take the processor from each
+    # other: with a short spin a third of the time on a busy one, with none a third more on a quiet one.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

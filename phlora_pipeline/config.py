@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from phlora_pipeline import storage
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.storage import normalize
 
+if TYPE_CHECKING:
+    from phlora_pipeline.lowrank import Profile
+
 MAX_RANK = 512
+ENERGY_MAX_RANK = 128
+"""The most that a threshold of energy may take, unless the user says otherwise."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -25,16 +31,27 @@ class RunConfig(BaseModel):
     out: str = Field(
         default="", description="where the adapter goes: an empty or absent folder; only a plan needs none"
     )
-    rank: int = Field(default=32, description="r of the adapter")
+    rank: int = Field(default=32, description="r of the adapter; with `energy`, the least that max_rank may be")
+    energy: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="instead of a rank: each tensor gets the smallest with E_r of this or more",
+    )
     max_rank: int = Field(
-        default=0, description="singular values and vectors kept while computing; 0: the same as rank"
+        default=0,
+        description="singular values and vectors kept while computing; 0: the same as rank, with `energy` 128",
     )
     targets: Literal["all", "linear", "paper"] = "all"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     dialect: Literal["portable", "peft"] = "portable"
     dtype: Dtype = "auto"
-    solver: Literal["exact"] = "exact"
+    solver: Literal["auto", "krylov", "gram", "exact"] = "auto"
+    tolerance: float = Field(
+        default=1e-3, gt=0, le=1, description="of the certificate: share of ‖ΔW‖² that may be lost against the optimum"
+    )
+    profile: str = Field(default="", description="rates of the device, a file that `phlora calibrate` wrote")
     base_name: str = Field(
         default="", description="name of the base for servers: a hub id or a served name, never a path"
     )
@@ -76,7 +93,9 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if self.max_rank == 0:
-            object.__setattr__(self, "max_rank", self.rank)
+            object.__setattr__(self, "max_rank", self.rank if self.energy is None else ENERGY_MAX_RANK)
+        if self.energy is not None:
+            object.__setattr__(self, "rank", self.max_rank)
         if not self.rank <= self.max_rank <= MAX_RANK:
             raise ValueError(f"max_rank must be between rank ({self.rank}) and {MAX_RANK}, got {self.max_rank}")
         out = _real(self.out)
@@ -92,6 +111,27 @@ class RunConfig(BaseModel):
 def _real(url: str) -> str:
     """A local path with its links followed, so that a link to a checkpoint is that checkpoint."""
     return os.path.realpath(url) if url.startswith("/") else url
+
+
+def read_profile(url: str) -> Profile:
+    """The rates of a device, as `phlora calibrate` wrote them.
+
+    Raises:
+        RequestError: there is no such file, or it holds something else.
+    """
+    from phlora_pipeline.lowrank import PROFILES, Profile
+
+    try:
+        info = storage.stat(storage.normalize(url))
+        profile = TypeAdapter(Profile).validate_json(storage.read_object(info, limit=1 << 20) if info else b"")
+    except ValueError as error:
+        raise RequestError(
+            f"{url} is not a device profile: {' '.join(str(error).split())[:200]}",
+            remedy="write one by phlora calibrate --out FILE",
+        ) from error
+    if profile.name in PROFILES:
+        raise RequestError(f"{url} calls itself {profile.name!r}, a profile that is built in", remedy="give it a name")
+    return profile
 
 
 def run_config(**settings: object) -> RunConfig:

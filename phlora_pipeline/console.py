@@ -6,14 +6,13 @@ import os
 import sys
 import time
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-from phlora_pipeline.extract import TaskReport
-from phlora_pipeline.plan import Plan
 from phlora_pipeline.summary import size
+
+if TYPE_CHECKING:  # torch comes with them
+    from phlora_pipeline.extract import TaskReport
+    from phlora_pipeline.plan import Plan
 
 
 def _interval(text: str) -> float:
@@ -98,6 +97,9 @@ class _Bar:
     """A rich bar, by bytes: tasks differ a thousandfold."""
 
     def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
         self._console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from phlora_pipeline import storage
 from phlora_pipeline.errors import CheckpointError, ConflictError, NotFoundError, RequestError, one_line
 from phlora_pipeline.storage.urls import scheme
@@ -135,6 +133,7 @@ def _in_child(files: list[str], written: Path) -> dict[str, Any]:
 
 def _child(written: str, files: list[str]) -> dict[str, Any]:
     """What the child process does: unpickle restrictedly, flatten, save."""
+    import torch
     from safetensors.torch import save_file
 
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _SAFE_TORCH:
@@ -162,6 +161,8 @@ def _child(written: str, files: list[str]) -> dict[str, Any]:
 
 
 def _load(file: str) -> object:
+    import torch
+
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the bytes have led the unpickler to

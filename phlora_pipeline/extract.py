@@ -18,14 +18,18 @@ from torch import Tensor
 from phlora_pipeline import lowrank, parts, storage
 from phlora_pipeline.checkpoint import read_tensors
 from phlora_pipeline.errors import DeviceError
+from phlora_pipeline.machine import has_bfloat16_units
 from phlora_pipeline.parts import TensorResult
 from phlora_pipeline.plan import BLOCK_BYTES, Task, TensorPair
 
+STREAMED_BYTES = 64 << 20
+"""A block that is only measured, and is larger than this, is read and measured piece by piece."""
+
+PIECE = 8 << 20
+"""Entries of such a piece."""
+
 PREFETCH_BYTES = 2 * BLOCK_BYTES
 """A next task larger than this is not read ahead: memory before speed."""
-
-_CPU_BATCH_BYTES = 64 << 20
-"""ΔW that is given to the solver at once on a CPU, where LAPACK takes the matrices one by one anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,7 @@ class Worker:
         self.device = checked_device(device)
         torch.set_num_threads(threads)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="phlora-prefetch")
+        self._workspaces: list[lowrank.Workspace] = []
         self._ahead: tuple[str, Future[list[Tensor]]] | None = None
 
     def run(self, task: Task, prefetch: Task | None = None) -> TaskReport:
@@ -83,9 +88,12 @@ class Worker:
         if reused:
             found = tuple(parts.load(task.part_url).results.values())
             return _report(task, found, began, reused=True)
-        stored = self._take(task)
-        self._start_reading(prefetch)
-        results, factors = compute(task, stored, self.device)
+        if task.block.purpose == "measure" and task.block.nbytes > STREAMED_BYTES:
+            results, factors = [self._streamed(pair) for pair in task.block.pairs], dict[str, tuple[Tensor, Tensor]]()
+        else:
+            stored = self._take(task)
+            self._start_reading(prefetch)
+            results, factors = compute(task, stored, self.device, self._workspaces)
         parts.store(task.part_url, results, factors)
         return _report(task, results, began, reused=False)
 
@@ -99,42 +107,74 @@ class Worker:
         if task is not None and task.block.nbytes <= PREFETCH_BYTES:
             self._ahead = (task.part_url, self._reader.submit(_read, task))
 
+    def _streamed(self, pair: TensorPair) -> TensorResult:
+        """Norms of a pair that is not held as a whole: one piece is measured while the next one is read."""
+        pieces = [
+            (pair.base.entries(start, start + PIECE), pair.tuned.entries(start, start + PIECE))
+            for start in range(0, pair.numel, PIECE)
+        ]
+        found, ahead = [], self._reader.submit(read_tensors, pieces[0])
+        for following in [*pieces[1:], None]:
+            base, tuned = ahead.result()
+            if following:
+                ahead = self._reader.submit(read_tensors, following)
+            found += lowrank.measure([(base, tuned)], self.device)
+        return _result(pair, _joined(found, pair.shape))
+
 
 def compute(
-    task: Task, stored: list[Tensor], device: torch.device
+    task: Task, stored: list[Tensor], device: torch.device, workspaces: list[lowrank.Workspace] | None = None
 ) -> tuple[list[TensorResult], dict[str, tuple[Tensor, Tensor]]]:
     """The pure middle of a task: tensors in, results and factors out.
 
     Args:
         task: its block says what the tensors are.
-        stored: base and fine-tuned tensor of each pair in turn, in their stored dtypes. The list is emptied on the
-            way: a block's stored bytes are given back before the solver needs the room.
+        stored: base and fine-tuned tensor of each pair in turn, in their stored dtypes. Emptied on the way: a pair's
+            bytes are given back as soon as it is done.
         device: where ΔW is formed and factorised.
+        workspaces: buffers that an earlier call has left.
 
     Returns:
         One result per pair, in the block's order, and the CPU factors of those that were factorised.
     """
-    pairs = task.block.pairs
-    delta = torch.empty(len(pairs), *task.block.shape, dtype=torch.float32, device=device)  # (b, …)
-    sums = torch.stack([lowrank.form_delta(stored.pop(0), stored.pop(0), out) for out in delta])  # (b, 3)
-    results = [_measured(*found) for found in zip(pairs, lowrank.to_host(sums), delta, strict=True)]
+    sides = list(zip(stored[::2], stored[1::2], strict=True))
+    stored.clear()
     if task.block.purpose == "measure":
-        return results, {}
-    wanted = [index for index, result in enumerate(results) if result.status == "measured"]
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    for batch in _batches(wanted, delta):
-        found = lowrank.factorise(_gathered(delta, batch), task.max_rank, lowrank.SOLVERS[task.solver])
-        residuals, values = lowrank.to_host(found.residual_sq), lowrank.to_host(found.singular_values)
-        for row, index in enumerate(batch):
-            results[index] = replace(
-                results[index],
-                status="factored",
-                residual_sq=residuals[row],
-                singular_values=tuple(values[row]),
-                solver=task.solver,
-            )
-            factors[pairs[index].name] = (found.A[row].cpu(), found.B[row].cpu())
+        outcomes = lowrank.measure(sides, device)
+    else:
+        names = [pair.name for pair in task.block.pairs]
+        profile = task.profile if task.profile.name not in lowrank.PROFILES else profile_of(device)
+        outcomes = lowrank.decompose(sides, names, task.settings, profile, device, workspaces)
+    results = [_result(*found) for found in zip(task.block.pairs, outcomes, strict=True)]
+    factors = {
+        pair.name: (found.factors.A.cpu(), found.factors.B.cpu())
+        for pair, found in zip(task.block.pairs, outcomes, strict=True)
+        if found.factors
+    }
     return results, factors
+
+
+def _joined(found: Sequence[lowrank.Outcome], shape: tuple[int, ...]) -> lowrank.Outcome:
+    """The outcome of a whole tensor from those of its pieces of `PIECE` entries."""
+    count, first = 0, 0
+    for number, piece in enumerate(found):
+        if piece.nonfinite:
+            first = first if count else number * PIECE + piece.nonfinite[1][0]
+            count += piece.nonfinite[0]
+    return lowrank.Outcome(
+        sum(piece.base_sq for piece in found),
+        sum(piece.tuned_sq for piece in found),
+        sum(piece.delta_sq for piece in found),
+        (count, lowrank.unravelled(first, shape)) if count else None,
+    )
+
+
+def profile_of(device: torch.device) -> lowrank.Profile:
+    """The committed rates of this kind of device."""
+    if device.type == "cpu":
+        return lowrank.PROFILES["cpu-bf16" if has_bfloat16_units() else "cpu"]
+    major, minor = torch.cuda.get_device_capability(device)
+    return lowrank.PROFILES.get(f"sm{major}{minor}", lowrank.PROFILES["other"])
 
 
 def checked_device(device: str) -> torch.device:
@@ -163,33 +203,34 @@ def _read(task: Task) -> list[Tensor]:
     return read_tensors([ref for pair in task.block.pairs for ref in (pair.base, pair.tuned)])
 
 
-def _measured(pair: TensorPair, sums: Sequence[float], delta: Tensor) -> TensorResult:
-    base_sq, tuned_sq, delta_sq = sums
-    if not math.isfinite(delta_sq):
-        return TensorResult(pair.name, "failed", reason=_nonfinite(base_sq, tuned_sq, delta))
-    return TensorResult(
-        pair.name, "measured" if delta_sq else "unchanged", base_sq=base_sq, tuned_sq=tuned_sq, delta_sq=delta_sq
+def _result(pair: TensorPair, found: lowrank.Outcome) -> TensorResult:
+    if not math.isfinite(found.delta_sq):
+        return TensorResult(pair.name, "failed", reason=_nonfinite(found, pair))
+    if found.failure:
+        return TensorResult(pair.name, "failed", reason=found.failure)
+    norms = TensorResult(
+        pair.name, "measured" if found.delta_sq else "unchanged",
+        base_sq=found.base_sq, tuned_sq=found.tuned_sq, delta_sq=found.delta_sq,
+    )  # fmt: skip
+    if found.factors is None:
+        return norms
+    return replace(
+        norms,
+        status="factored",
+        residual_sq=found.factors.residual_sq,
+        singular_values=found.factors.singular_values,
+        solver=found.factors.solver,
+        certificate=found.factors.certificate,
+        notes=found.factors.notes,
     )
 
 
-def _nonfinite(base_sq: float, tuned_sq: float, delta: Tensor) -> str:
-    sides = [side for side, norm_sq in (("base", base_sq), ("fine-tune", tuned_sq)) if not math.isfinite(norm_sq)]
-    count, index = lowrank.first_nonfinite(delta) or (0, ())
-    where = " and ".join(sides) or "difference (both sides are finite)"
-    return f"{count} of {delta.numel()} entries of the {where} are NaN or infinite, the first at index {list(index)}"
-
-
-def _batches(indices: Sequence[int], delta: Tensor) -> list[Sequence[int]]:
-    """Indices in batches that the solver takes at once: all on a GPU, a few on a CPU. No result depends on it."""
-    each = len(indices) if delta.is_cuda else max(1, _CPU_BATCH_BYTES // (4 * delta[0].numel()))
-    return [indices[start : start + each] for start in range(0, len(indices), max(each, 1))]
-
-
-def _gathered(delta: Tensor, batch: Sequence[int]) -> Tensor:
-    """Rows of the stack, as a view where they are neighbours: a copy would double the largest tensor."""
-    if list(batch) == list(range(batch[0], batch[0] + len(batch))):
-        return delta[batch[0] : batch[0] + len(batch)]
-    return delta[list(batch)]
+def _nonfinite(found: lowrank.Outcome, pair: TensorPair) -> str:
+    norms = (("base", found.base_sq), ("fine-tune", found.tuned_sq))
+    wrong = [side for side, norm_sq in norms if not math.isfinite(norm_sq)]
+    count, index = found.nonfinite or (0, ())
+    where = " and ".join(wrong) or "difference (both sides are finite)"
+    return f"{count} of {pair.numel} entries of the {where} are NaN or infinite, the first at index {list(index)}"
 
 
 def _report(task: Task, results: Sequence[TensorResult], began: float, *, reused: bool) -> TaskReport:

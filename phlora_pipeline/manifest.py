@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SCHEMA_VERSION = 1
+ENERGY_RANKS = (8, 16, 32, 64, 128, 256, 512)
 _LARGEST = 1 << 30
 
 Status = Literal["adapted", "unchanged", "zero_filled", "carried", "skipped", "failed"]
@@ -66,7 +67,10 @@ COLUMNS: dict[str, tuple[str, str]] = {
         "string",
         "adapted, unchanged (no entry differs), zero_filled (a zero pair, for its family), carried (kept whole), skipped or failed",
     ),
-    "reason": ("string", "why it is not adapted, in words"),
+    "reason": (
+        "string",
+        "why it is not adapted, in words; of an adapted one what else should be known, such as a route that did not do",
+    ),
     "rank": ("int32", "rank of the tensor's own factors, before zero-padding"),
     "delta_norm": ("double", "Frobenius norm of W_tuned - W_base, summed in float64"),
     "relative_change": ("double", "delta_norm over the Frobenius norm of W_base"),
@@ -82,10 +86,10 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "noise_energy": ("double", "energy of the checkpoint's own rounding noise; null: not measured by this version"),
     "singular_values": ("list<float>", "of the update, descending, up to max_rank of them"),
     "energy_at": ("map<int32, double>", "E_r at ranks 8 to 512; null above max_rank"),
-    "solver": ("string", "how the factors were computed"),
+    "solver": ("string", "the route by which the factors were computed; a number is the width of its basis"),
     "certificate": (
         "double",
-        "upper bound of E_r(optimal) - E_r(these factors); null where the solver is exact up to rounding",
+        "probabilistic upper bound of E_r(optimal) - E_r(these factors), at this rank and every smaller one; it fails with a probability of 1e-9",
     ),
     "schema_version": ("int32", "of this table; columns are only ever added"),
 }
@@ -142,7 +146,9 @@ def read(url: str) -> list[EnergyRow]:
     if info is None:
         raise NotFoundError(f"there is no manifest at {url}")
     try:
-        table = pq.read_table(io.BytesIO(storage.read_object(info, limit=_LARGEST)), page_checksum_verification=True)
+        stored = io.BytesIO(storage.read_object(info, limit=_LARGEST))
+        # Its own threads, still at work on a Python file when the process ends, would abort it.
+        table = pq.read_table(stored, page_checksum_verification=True, use_threads=False)
         records = table.to_pylist(maps_as_pydicts="strict")
     except (pa.ArrowException, OSError) as error:
         raise CheckpointError(

@@ -35,9 +35,11 @@ class TensorResult:
             `failed`: see reason.
         reason: in words, where it failed.
         base_sq, tuned_sq, delta_sq: squared Frobenius norms of W_base, W_tuned and ΔW; 0 where it failed.
-        residual_sq: ‖ΔW − B·A‖_F² at max_rank, measured.
+        residual_sq: ‖ΔW − B·A‖_F² with all the factors that are in the part.
         singular_values: up to max_rank of them, descending.
         solver: the route that was taken.
+        certificate: c with E_r(optimal) − E_r ≤ c for every r that the part holds.
+        notes: what else was tried and why it did not do, in words.
     """
 
     name: str
@@ -49,6 +51,8 @@ class TensorResult:
     residual_sq: float = 0.0
     singular_values: tuple[float, ...] = ()
     solver: str = ""
+    certificate: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,9 @@ def load(url: str) -> Part:
     try:
         records = json.loads(metadata[_KEY])
         results = {
-            record["name"]: TensorResult(**{**record, "singular_values": tuple(record["singular_values"])})
+            record["name"]: TensorResult(
+                **{**record, "singular_values": tuple(record["singular_values"]), "notes": tuple(record["notes"])}
+            )
             for record in records
         }
     except (KeyError, TypeError, ValueError) as error:

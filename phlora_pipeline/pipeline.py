@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
-from phlora_pipeline import adapter, driver, manifest, reducer, storage
+from phlora_pipeline import adapter, driver, lowrank, manifest, reducer, storage
 from phlora_pipeline.card import model_card
 from phlora_pipeline.checkpoint import Checkpoint, open_checkpoint
-from phlora_pipeline.config import RunConfig
+from phlora_pipeline.config import RunConfig, read_profile
 from phlora_pipeline.driver import Resources
-from phlora_pipeline.errors import ConflictError, ModelFailedError, NotFoundError, PhloraError, RequestError
-from phlora_pipeline.extract import TaskReport, checked_device
-from phlora_pipeline.machine import available_memory, processors
+from phlora_pipeline.errors import (
+    ConflictError,
+    DeviceError,
+    ModelFailedError,
+    NotFoundError,
+    PhloraError,
+    RequestError,
+)
+from phlora_pipeline.extract import TaskReport, checked_device, profile_of
+from phlora_pipeline.machine import available_memory, default_threads
 from phlora_pipeline.manifest import EnergyRow
 from phlora_pipeline.plan import NUMERICS_REVISION, Plan, PlanSettings, make_plan, require_fits
 from phlora_pipeline.reducer import FAR_FROM_BASE, NOT_A_FINE_TUNE, Reduction
@@ -90,12 +97,22 @@ def plan(config: RunConfig) -> Prepared:
         selection=Selection(config.targets, config.include, config.exclude),
         dialect=config.dialect,
         rank=config.rank,
-        max_rank=config.max_rank,
-        solver=config.solver,
+        factors=lowrank.Settings(config.max_rank, config.solver, config.tolerance, config.energy),
+        profile=_profile(config),
         parts_url=storage.join(config.out, PARTS),
         identity=(("dtype", config.dtype), ("base_name", base_name)),
     )
     return Prepared(base, tuned, make_plan(base, tuned, settings), base_name)
+
+
+def _profile(config: RunConfig) -> lowrank.Profile:
+    """Of the file that the user names, or of the device that the work is meant for."""
+    if config.profile:
+        return read_profile(config.profile)
+    try:
+        return profile_of(checked_device(config.device))
+    except DeviceError:  # it may be on another machine; if not, the run says so before it reads
+        return lowrank.PROFILES["other"]
 
 
 def extract(config: RunConfig, observer: Observer) -> ExtractResult:
@@ -154,7 +171,9 @@ def _extract(
     if not config.keep_parts:
         reducer.drop_parts(plan)
     read = sum(report.nbytes for report in run.reports)
-    return _result(outcome, config, prepared, reduction.rows, reduction.weight_bytes, read, warnings)
+    return _result(
+        outcome, config, replace(prepared, plan=reduction.plan), reduction.rows, reduction.weight_bytes, read, warnings
+    )
 
 
 def _standing(config: RunConfig, prepared: Prepared) -> ExtractResult | None:
@@ -165,6 +184,9 @@ def _standing(config: RunConfig, prepared: Prepared) -> ExtractResult | None:
     if not config.keep_parts:
         reducer.drop_parts(prepared.plan)  # of a run that was killed after its commit
     rows = manifest.read(storage.join(config.out, reducer.MANIFEST))
+    if prepared.plan.energy is not None:
+        ranks = [row.rank for row in rows if row.rank is not None]
+        prepared = replace(prepared, plan=prepared.plan.of_rank(max(ranks, default=1)))
     if any(row.status == "failed" for row in rows) and not config.allow_partial:
         raise ConflictError(
             f"{config.out} holds a partial adapter: some tensors failed when it was extracted",
@@ -174,7 +196,7 @@ def _standing(config: RunConfig, prepared: Prepared) -> ExtractResult | None:
 
 
 def _publish(config: RunConfig, prepared: Prepared, reduction: Reduction) -> Outcome:
-    plan = prepared.plan
+    plan = reduction.plan
     names = {"model": storage.basename(config.tuned), "base": prepared.base_name or storage.basename(config.base)}
     if config.overwrite:
         reducer.unpublish(config.out)
@@ -184,7 +206,6 @@ def _publish(config: RunConfig, prepared: Prepared, reduction: Reduction) -> Out
     reducer.publish(
         config.out,
         reduction,
-        plan,
         config=adapter.adapter_config(
             plan,
             reduction.layout,
@@ -237,7 +258,7 @@ def _failed(reduction: Reduction, run: Run, config: RunConfig) -> ModelFailedErr
 def _resources(config: RunConfig) -> Resources:
     if config.engine != "ray" or config.device.partition(":")[0] not in {"auto", "cpu", "cuda"}:
         checked_device(config.device)
-    return Resources(config.device, config.threads or min(processors(), 8), config.workers)
+    return Resources(config.device, config.threads or default_threads(), config.workers)
 
 
 def _require_room(config: RunConfig, plan: Plan) -> None:
@@ -281,14 +302,16 @@ def _result(
 
 def _run_record(config: RunConfig, prepared: Prepared, reduction: Reduction) -> dict[str, Any]:
     """`run.json`: what decided the adapter's bytes, and nothing that differs between two runs that give the same."""
-    deciding = ("rank", "max_rank", "targets", "include", "exclude", "dialect", "dtype", "solver")
+    deciding = (
+        "rank", "energy", "max_rank", "targets", "include", "exclude", "dialect", "dtype", "solver", "tolerance"
+    )  # fmt: skip
     settings = config.model_dump(mode="json", include=set(deciding))
     return {
         "version": prepared.plan.version,
         "extraction_id": prepared.plan.extraction_id,
         "numerics_revision": NUMERICS_REVISION,
         "settings": settings,
-        "written": {"rank": prepared.plan.written_rank, "dtype": reduction.dtype, "base_name": prepared.base_name},
+        "written": {"rank": reduction.plan.written_rank, "dtype": reduction.dtype, "base_name": prepared.base_name},
         "sources": {
             "base": {"url": config.base, "fingerprint": prepared.base.fingerprint},
             "tuned": {"url": config.tuned, "fingerprint": prepared.tuned.fingerprint},

@@ -10,21 +10,31 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from phlora_pipeline import lowrank, targets
 from phlora_pipeline.checkpoint import TORCH_DTYPES, Checkpoint, TensorRef
 from phlora_pipeline.errors import RequestError
+from phlora_pipeline.lowrank import routes
 from phlora_pipeline.targets import Dialect, Kind, Selection, ServerRules
 
-BLOCK_BYTES = 256 << 20
+BLOCK_BYTES = 128 << 20
 """Cap of one block's ΔW in float32: what a worker holds, and loses if it dies."""
 
-NUMERICS_REVISION = 1
+NUMERICS_REVISION = 2
 """Raised when results change, so that an upgrade recomputes a zoo only where it must."""
 
 _RUNTIME_BYTES = 512 << 20
+_THREADS = 8
+"""Of a worker, at most by default: so many small matrices are done side by side."""
+
+_PIECE_BYTES = 4 * lowrank.CHUNK
+"""Of ΔW, where it is only measured."""
+
+_READ_RATE = 1e9
+"""Bytes per second that a worker is taken to read, for the order of tasks alone."""
+
 _READ_DTYPES = frozenset(TORCH_DTYPES) - {"F8_E4M3", "F8_E5M2"}
 
 Purpose = Literal["factor", "measure"]
@@ -97,32 +107,42 @@ class Task:
     Attributes:
         block: what to read.
         part_url: where the result goes.
-        max_rank: singular triplets to keep.
-        solver: name of a `lowrank` solver.
+        settings: what is wanted of every factorisation.
+        profile: rates of the device that it is planned for.
     """
 
     block: Block
     part_url: str
-    max_rank: int
-    solver: str
+    settings: lowrank.Settings
+    profile: lowrank.Profile
 
     @property
     def cost(self) -> float:
-        """Floating-point operations, for the order; a byte read counts as one."""
-        flops = 0.0
+        """Seconds that it is planned to take, for the order; bytes are read at `_READ_RATE`."""
+        seconds = self.block.nbytes / _READ_RATE
         if self.block.purpose == "factor":
-            d, k = self.block.shape
-            flops = len(self.block.pairs) * lowrank.exact_flops(d, k)
-        return flops + self.block.nbytes
+            seconds += len(self.block.pairs) * routes.seconds(*self._problem)
+        return seconds
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the planned route."""
+        return 0.0 if self.block.purpose == "measure" else len(self.block.pairs) * routes.flops(*self._problem)
+
+    @property
+    def _problem(self) -> tuple[int, int, int, lowrank.Solver, lowrank.Profile]:
+        d, k = self.block.shape
+        return d, k, self.settings.max_rank, self.settings.solver, self.profile
 
     @property
     def worker_bytes(self) -> int:
         """Peak memory of doing it: the stored bytes, ΔW, and the solver's own."""
         if self.block.purpose == "measure":
-            return self.block.nbytes + self.block.delta_bytes
+            return self.block.nbytes + _PIECE_BYTES
         d, k = self.block.shape
-        # The stored bytes are given back before the solver starts.
-        return self.block.delta_bytes + max(self.block.nbytes, lowrank.exact_bytes(d, k))
+        beside = min(len(self.block.pairs), _THREADS) if d * k <= lowrank.BESIDE_ENTRIES else 1
+        factors = 4 * min(self.settings.max_rank, d, k) * (d + k) * len(self.block.pairs)
+        return self.block.nbytes + beside * routes.worker_bytes(*self._problem) + factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +161,10 @@ class Plan:
         model_type: of the fine-tune, or of the base where that says more.
         modules: every module of the fine-tune.
         tied: (input embedding's module, output module) where they share one weight, whose delta goes on both.
-        rank: of the adapter, as asked for.
+        rank: of the adapter, as asked for; the most that it may have where a threshold of energy is asked for.
         written_rank: of the adapter, as written: the next of the servers' grid.
+        rank_grid: ranks that servers compute with; empty where any is.
+        energy: the threshold of each tensor's E_r, or None; the ranks are known when all tensors are factorised.
         warnings: in words, for the user.
     """
 
@@ -159,7 +181,13 @@ class Plan:
     tied: tuple[str, str] | None
     rank: int
     written_rank: int
+    rank_grid: tuple[int, ...]
+    energy: float | None
     warnings: tuple[str, ...]
+
+    def of_rank(self, rank: int) -> Plan:
+        """The same plan, once the rank that a threshold of energy takes is known."""
+        return replace(self, rank=rank, written_rank=targets.written_rank(rank, self.rank_grid))
 
     @property
     def adapted(self) -> tuple[TensorPair, ...]:
@@ -179,8 +207,8 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of all factorisations."""
-        return sum(task.cost - task.block.nbytes for task in self.tasks)
+        """Floating-point operations of all factorisations, by their planned routes."""
+        return sum(task.flops for task in self.tasks)
 
     @property
     def adapter_parameters(self) -> int:
@@ -196,7 +224,8 @@ class Plan:
         """Bytes of all parts: float32 factors at max_rank."""
         factor = (task for task in self.tasks if task.block.purpose == "factor")
         return sum(
-            4 * len(task.block.pairs) * min(task.max_rank, *task.block.shape) * sum(task.block.shape) for task in factor
+            4 * len(task.block.pairs) * min(task.settings.max_rank, *task.block.shape) * sum(task.block.shape)
+            for task in factor
         )
 
     @property
@@ -216,6 +245,9 @@ class PlanSettings:
     """The choices that shape a plan, free of where things run.
 
     Attributes:
+        rank: of the adapter.
+        factors: what is wanted of every factorisation.
+        profile: rates of the device that the plan is for.
         parts_url: folder of all parts; a part goes to `<parts_url>/<extraction_id>/<block>.safetensors`.
         identity: further settings that decide the adapter's bytes (dtype, name of the base …).
     """
@@ -223,9 +255,9 @@ class PlanSettings:
     selection: Selection
     dialect: Dialect
     rank: int
-    max_rank: int
-    solver: str
     parts_url: str
+    factors: lowrank.Settings
+    profile: lowrank.Profile = lowrank.PROFILES["cpu"]
     identity: tuple[tuple[str, str], ...] = ()
 
 
@@ -245,7 +277,9 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
     extraction_id = _digest(
         {
             "base": base.fingerprint, "tuned": tuned.fingerprint, "factor": sorted(pair.name for pair in chosen),
-            "max_rank": settings.max_rank, "solver": settings.solver, "numerics": NUMERICS_REVISION,
+            "wanted": asdict(settings.factors), "numerics": NUMERICS_REVISION,
+            # A profile of one's own may take other routes; the committed ones are chosen by the worker's device.
+            "profile": None if settings.profile.name in lowrank.PROFILES else asdict(settings.profile),
         }
     )  # fmt: skip
     written = targets.written_rank(settings.rank, rules.rank_grid)
@@ -262,7 +296,7 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
     )
     blocks = [*_blocks("factor", chosen), *_blocks("measure", [pair for pair in pairs if pair.name in left_out])]
     folder = f"{settings.parts_url}/{extraction_id}"
-    tasks = [Task(block, f"{folder}/{block.id}.safetensors", settings.max_rank, settings.solver) for block in blocks]
+    tasks = [Task(block, f"{folder}/{block.id}.safetensors", settings.factors, settings.profile) for block in blocks]
     return Plan(
         extraction_id=extraction_id,
         version=version,
@@ -279,6 +313,8 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
         tied=tied if tied and any(pair.module == tied[0] for pair in chosen) else None,
         rank=settings.rank,
         written_rank=written,
+        rank_grid=rules.rank_grid,
+        energy=settings.factors.energy,
         warnings=tuple(_warnings(base, tuned, settings, written, pairs)),
     )
 
@@ -449,7 +485,7 @@ def _warnings(
     missing = sorted(set(base.tensors) - set(tuned.tensors))
     if missing:
         yield f"{len(missing)} tensors of the base are not in the fine-tune: {_some(missing)}"
-    if written != settings.rank:
+    if written != settings.rank and settings.factors.energy is None:
         yield f"rank {settings.rank} is written as {written}, zero-padded: the next rank that servers compute with"
     if _has_head(tuned, base) and any("." not in pair.module for pair in pairs if pair.kind == "embedding"):
         yield "the tensors' names lack the prefix that they have in memory under the model's head: loaders will find no module; save the whole model by save_pretrained first"

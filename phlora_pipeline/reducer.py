@@ -44,6 +44,7 @@ class Reduction:
     """What the parts add up to.
 
     Attributes:
+        plan: with the rank that the adapter has.
         rows: one per tensor of the fine-tune, by name.
         layout: of the adapter; without slots where nothing changed.
         dtype: of the adapter: `float32`, `bfloat16` or `float16`.
@@ -51,6 +52,7 @@ class Reduction:
         sources: tensor → the part that holds its factors.
     """
 
+    plan: Plan
     rows: tuple[EnergyRow, ...]
     layout: Layout
     dtype: str
@@ -92,6 +94,8 @@ def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint,
         part = parts.load(task.part_url)
         results |= part.results
         sources |= {name: part for name, result in part.results.items() if result.status == "factored"}
+    if plan.energy is not None:
+        plan = plan.of_rank(max((len(results[name].singular_values) for name in sources), default=1))
     layout = adapter.make_layout(plan, frozenset(sources))
     picked = adapter.pick_dtype(dtype, plan.adapted)
     rows = []
@@ -102,7 +106,7 @@ def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint,
         if name in sources:
             row = _adapted_row(row, results[name], sources[name], plan, adapter.DTYPES[picked][1])
         rows.append(row)
-    return Reduction(tuple(rows), layout, picked, _median_cosine(results.values(), tuned), sources)
+    return Reduction(plan, tuple(rows), layout, picked, _median_cosine(results.values(), tuned), sources)
 
 
 def standing(out: str, plan: Plan, *, overwrite: bool = False) -> frozenset[str] | None:
@@ -157,7 +161,6 @@ def run_record(info: ObjectInfo) -> dict[str, Any]:
 def publish(
     out: str,
     reduction: Reduction,
-    plan: Plan,
     *,
     config: dict[str, object],
     card: str,
@@ -170,7 +173,7 @@ def publish(
     Raises:
         ConflictError: another file stands where one of these should go.
     """
-    header, tensors = weights(reduction, plan)
+    header, tensors = weights(reduction)
     digest = hashlib.sha256()
 
     def body() -> Iterator[bytes]:
@@ -215,7 +218,7 @@ def drop_parts(plan: Plan) -> None:
     storage.drop_empty_folder(plan.parts_folder.rpartition("/")[0])
 
 
-def weights(reduction: Reduction, plan: Plan) -> tuple[bytes, parts.Body]:
+def weights(reduction: Reduction) -> tuple[bytes, parts.Body]:
     """`adapter_model.safetensors`: its first bytes, and a producer of the rest that holds one tensor at a time."""
     name, dtype = adapter.DTYPES[reduction.dtype]
     slots = reduction.layout.slots
@@ -223,7 +226,7 @@ def weights(reduction: Reduction, plan: Plan) -> tuple[bytes, parts.Body]:
 
     def tensors() -> Iterator[bytes]:
         for slot in slots:
-            yield from parts.tensor_chunks(adapter.fill(slot, _factor(slot, reduction), plan.rank, dtype))
+            yield from parts.tensor_chunks(adapter.fill(slot, _factor(slot, reduction), reduction.plan.rank, dtype))
 
     return header, tensors
 
@@ -263,20 +266,30 @@ def _measured_row(row: EnergyRow, result: TensorResult, plan: Plan, layout: Layo
 def _adapted_row(row: EnergyRow, result: TensorResult, part: Part, plan: Plan, dtype: torch.dtype) -> EnergyRow:
     d, k = row.shape
     values = result.singular_values
-    rank = min(plan.rank, d, k)
+    rank = min(plan.rank, len(values))
     dropped_sq = result.residual_sq + math.fsum(value * value for value in values[rank:])
     lost_sq = dropped_sq + _rounding_sq(row.tensor, part, rank, dtype)
     return replace(
         row,
         status="adapted",
-        reason="",
+        reason="; ".join([*_about_rank(result, row.shape, plan), *result.notes]),
         rank=rank,
         preserved_energy=lowrank.preserved_energy(values, result.delta_sq, rank),
         written_energy=1 - lost_sq / result.delta_sq,
         singular_values=values,
-        energy_at={r: lowrank.preserved_energy(values, result.delta_sq, min(r, d, k)) for r in lowrank.ENERGY_RANKS},
+        energy_at={r: lowrank.preserved_energy(values, result.delta_sq, min(r, d, k)) for r in manifest.ENERGY_RANKS},
         solver=result.solver,
+        certificate=result.certificate,
     )
+
+
+def _about_rank(result: TensorResult, shape: tuple[int, ...], plan: Plan) -> Iterator[str]:
+    values = result.singular_values
+    if plan.energy is None:
+        if plan.rank > min(shape):
+            yield f"rank {plan.rank} clipped to {min(shape)}, all there is"
+    elif (kept := lowrank.preserved_energy(values, result.delta_sq, len(values))) is not None and kept < plan.energy:
+        yield f"the threshold of {plan.energy:g} is not reached at the largest rank allowed, {len(values)}"
 
 
 def _rounding_sq(name: str, part: Part, rank: int, dtype: torch.dtype) -> float:

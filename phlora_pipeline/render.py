@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console
-from rich.table import Table
-
-from phlora_pipeline.pipeline import ExtractResult, Prepared
 from phlora_pipeline.summary import percent, reasons, size
-from phlora_pipeline.verify import Verification
+
+if TYPE_CHECKING:  # torch comes with them, and an error's two lines are rendered here, too
+    from phlora_pipeline.pipeline import ExtractResult, Prepared
+    from phlora_pipeline.verify import Verification
 
 MOST_NAMES = 10
 
@@ -79,6 +78,9 @@ def plan_record(prepared: Prepared) -> dict[str, Any]:
 
 
 def show_plan(prepared: Prepared) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     made = prepared.plan
     table = Table("kind", "tensors", "entries", box=None)
     kinds = sorted({pair.kind for pair in made.adapted})
@@ -100,6 +102,14 @@ def show_plan(prepared: Prepared) -> None:
     line(f"write an adapter of {made.adapter_parameters:,} parameters")
     for warning in made.warnings:
         line(f"warning: {warning}")
+
+
+def show_profile(rates: dict[str, Any], out: str) -> None:
+    for key, value in rates.items():
+        unit = {"stream_rate": "GB/s", "call": "µs"}.get(key, "Gflop/s")
+        scale = 1e6 if key == "call" else 1e-9
+        line(f"{key:15} {value * scale:.1f} {unit}" if key == "call" or key.endswith("_rate") else f"{key:15} {value}")
+    line(f"written to {out}; use it by: phlora extract --profile {out}")
 
 
 def show_verification(found: Verification) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from phlora_pipeline.lowrank import ENERGY_RANKS
-from phlora_pipeline.manifest import EnergyRow
+from phlora_pipeline.manifest import ENERGY_RANKS, EnergyRow
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from phlora_pipeline import adapter
 from phlora_pipeline.adapter import Layout, Slot
 from phlora_pipeline.plan import Plan, PlanSettings, make_plan
 from phlora_pipeline.targets import Selection
-from tests.test_plan import SETTINGS, checkpoint, llama
+from tests.test_plan import SETTINGS, checkpoint, llama, of_rank
 from tests.toys import LLAMA
 
 
@@ -29,7 +29,7 @@ def shapes_by_key(layout: Layout) -> dict[str, tuple[int, int]]:
 
 
 def test_each_module_has_a_pair_of_the_written_rank() -> None:
-    made = plan_of(llama(layers=1), replace(SETTINGS, rank=5, max_rank=5))
+    made = plan_of(llama(layers=1), of_rank(5))
     shapes = shapes_by_key(adapter.make_layout(made, everything(made)))
     assert shapes["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"] == (8, 64)
     assert shapes["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"] == (128, 8)
@@ -109,7 +109,7 @@ def test_auto_dtype_is_the_fine_tunes_where_that_has_16_bits(dtype: str, picked:
 
 
 def test_the_config_is_what_every_loader_reads_the_same_way() -> None:
-    made = plan_of(llama(), replace(SETTINGS, rank=5, max_rank=5))
+    made = plan_of(llama(), of_rank(5))
     config = adapter.adapter_config(made, adapter.make_layout(made, everything(made)), "org/base", ["LlamaForCausalLM"])
     assert (config["r"], config["lora_alpha"], config["use_rslora"], config["bias"]) == (8, 8, False, "none")
     assert config["modules_to_save"] is None

@@ -45,7 +45,7 @@ Phlora = Callable[..., Done]
 
 @pytest.fixture
 def phlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Phlora:
-    """The command in this process: a new one costs three seconds, and few tests need it."""
+    """The command in this process: a new one costs two seconds, and few tests need it."""
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: object) -> Done:

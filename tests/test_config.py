@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
-from phlora_pipeline.config import MAX_RANK, RunConfig, run_config
+from phlora_pipeline.config import MAX_RANK, RunConfig, read_profile, run_config
 from phlora_pipeline.errors import RequestError
+from phlora_pipeline.lowrank import PROFILES
 
 PAIR = {"base": "/models/base", "tuned": "/models/tuned", "out": "/adapters/a"}
 
@@ -24,6 +27,12 @@ PAIR = {"base": "/models/base", "tuned": "/models/tuned", "out": "/adapters/a"}
         ({"rank": 32, "max_rank": 16}, "max_rank must be between rank (32) and 512, got 16"),
         ({"rank": 32, "max_rank": 513}, "got 513"),
         ({"rank": 32, "max_rank": -1}, "got -1"),
+        ({"energy": 0}, "energy: "),
+        ({"energy": 1.01}, "energy: "),
+        ({"energy": "nan"}, "energy: "),
+        ({"energy": 0.9, "max_rank": 513}, "got 513"),
+        ({"tolerance": 0}, "tolerance: "),
+        ({"tolerance": 1.5}, "tolerance: "),
         ({"ranks": 3}, "ranks: "),
         ({"targets": "some"}, "targets: "),
         ({"dtype": "int8"}, "dtype: "),
@@ -58,6 +67,48 @@ def test_a_wrong_setting_is_one_line_that_names_it(wrong: dict[str, object], tol
 @pytest.mark.parametrize("rank", [1, MAX_RANK])
 def test_the_ends_of_the_range_are_in_it(rank: int) -> None:
     assert run_config(**PAIR, rank=rank).max_rank == rank
+
+
+def test_a_threshold_of_energy_has_a_cap_and_the_rank_gives_way() -> None:
+    assert (run_config(**PAIR, energy=0.9).rank, run_config(**PAIR, energy=0.9).max_rank) == (128, 128)
+    assert (run_config(**PAIR, energy=1.0, max_rank=40).rank, run_config(**PAIR).rank) == (40, 32)
+
+
+class TestProfile:
+    """Rates of a device, from a file that a machine wrote and a human may have changed."""
+
+    OWN = replace(PROFILES["cpu-bf16"], name="mine")
+
+    def file(self, folder: Path, text: str) -> str:
+        (folder / "profile.json").write_text(text)
+        return str(folder / "profile.json")
+
+    def test_it_reads_back(self, tmp_path: Path) -> None:
+        assert read_profile(self.file(tmp_path, json.dumps(asdict(self.OWN)))) == self.OWN
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "", "{", "[]", "{}", json.dumps({**asdict(OWN), "low": "float8"}), json.dumps({**asdict(OWN), "call": 0}),
+            json.dumps({**asdict(OWN), "svd_rate": "fast"}), json.dumps({**asdict(OWN), "steps": 1}),
+            json.dumps({**asdict(OWN), "low_rate": -1.0}),
+            json.dumps({key: value for key, value in asdict(OWN).items() if key != "steps"}),
+        ],
+    )  # fmt: skip
+    def test_what_is_none_is_refused_in_one_line(self, text: str, tmp_path: Path) -> None:
+        with pytest.raises(RequestError, match="is not a device profile") as caught:
+            read_profile(self.file(tmp_path, text))
+        assert "\n" not in caught.value.what
+        assert "phlora calibrate" in caught.value.remedy
+
+    def test_a_file_that_is_not_there_is_none(self, tmp_path: Path) -> None:
+        with pytest.raises(RequestError, match="is not a device profile"):
+            read_profile(str(tmp_path / "none.json"))
+
+    def test_the_name_of_a_committed_one_is_taken(self, tmp_path: Path) -> None:
+        """Those are no part of an extraction's identity: a file under their name would be none, either."""
+        with pytest.raises(RequestError, match="'cpu', a profile that is built in"):
+            read_profile(self.file(tmp_path, json.dumps(asdict(PROFILES["cpu"]))))
 
 
 def test_a_neighbour_of_a_checkpoint_is_not_inside_it() -> None:

@@ -6,17 +6,11 @@ import pytest
 
 from phlora_pipeline import console
 from phlora_pipeline.extract import TaskReport
-from phlora_pipeline.plan import PlanSettings, make_plan
-from phlora_pipeline.targets import Selection
-from tests.test_plan import checkpoint, llama
+from tests.test_plan import llama, planned
 
 
 def drive(reporter: console.Reporter) -> None:
-    plan = make_plan(
-        checkpoint(llama()),
-        checkpoint(llama(), side="tuned"),
-        PlanSettings(Selection(), "portable", 8, 8, "exact", "/p"),
-    )
+    plan = planned(llama())
     with reporter:
         reporter.planned(plan)
         reporter.warn("look out")

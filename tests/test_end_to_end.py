@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ class TestEnergy:
             assert row.preserved_energy == pytest.approx(reference[7], rel=1e-6)
             assert row.delta_norm == pytest.approx(squares.sum() ** 0.5, rel=1e-7)
             assert np.allclose(row.singular_values, squares[:16] ** 0.5, rtol=1e-5, atol=1e-6)
-            assert set(row.energy_at) == set(lowrank.ENERGY_RANKS)
+            assert set(row.energy_at) == set(manifest.ENERGY_RANKS)
             for rank, energy in row.energy_at.items():
                 if rank <= 16 or smallest <= 16:
                     assert energy == pytest.approx(reference[min(rank, smallest) - 1], rel=1e-6)
@@ -171,6 +172,100 @@ class TestEnergy:
         runs.extract(*pair, tmp_path / "fresh", rank=4, max_rank=16, dtype="bfloat16")
         assert (out / WEIGHTS).read_bytes() == (tmp_path / "fresh" / WEIGHTS).read_bytes()
         assert not (out / "_parts").exists()
+
+
+class TestThreshold:
+    """`--energy` instead of a rank: every tensor has its own, the adapter the largest of them."""
+
+    def test_each_tensor_has_the_smallest_rank_that_keeps_enough(
+        self, falling: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        out = tmp_path / "out"
+        result = runs.extract(*falling, out, energy=0.9)
+        rows = [row for row in runs.rows(out).values() if row.status == "adapted"]
+        changes = deltas(*falling)
+        for row in rows:
+            squares = np.linalg.svd(changes[row.tensor].numpy(), compute_uv=False) ** 2
+            shares = squares.cumsum() / squares.sum()
+            assert row.rank == 1 + int((shares >= 0.9).argmax())
+            assert row.preserved_energy == pytest.approx(shares[row.rank - 1], rel=1e-6)
+            assert row.reason == ""
+        ranks = {row.rank for row in rows}
+        assert len(ranks) > 1
+        config = json.loads((out / CONFIG).read_text())
+        assert config["r"] == config["lora_alpha"] == result.written_rank
+        assert result.written_rank == min(rank for rank in (1, 8, 16, 32) if rank >= max(ranks))
+        assert verify(*map(str, falling), str(out)).passed
+        assert runs.extract(*falling, out, energy=0.9).outcome == "exists"
+
+    def test_a_cap_that_is_reached_first_is_said(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        runs.extract(*pair, out, energy=0.99, max_rank=5)
+        for row in runs.rows(out).values():
+            if row.status == "adapted":
+                assert row.rank == 5
+                assert row.preserved_energy < 0.99
+                assert row.reason == "the threshold of 0.99 is not reached at the largest rank allowed, 5"
+        assert verify(*map(str, pair), str(out)).passed
+
+    def test_another_threshold_is_another_adapter(self, falling: tuple[Path, Path], tmp_path: Path) -> None:
+        runs.extract(*falling, tmp_path / "out", energy=0.5)
+        with pytest.raises(ConflictError):
+            runs.extract(*falling, tmp_path / "out", energy=0.9)
+        assert runs.extract(*falling, tmp_path / "out", energy=0.9, overwrite=True).outcome == "committed"
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Large enough for a Krylov basis."""
+    root = tmp_path_factory.mktemp("wide")
+    base = toys.llama_tensors(layers=1, hidden=176, kv=160, inner=200, vocab=190)
+    return toys.save(root / "base", base), toys.save(root / "tuned", low_rank_fine_tune(base))
+
+
+class TestSolvers:
+    def test_all_give_adapters_that_keep_the_same_energy(self, wide: tuple[Path, Path], tmp_path: Path) -> None:
+        kept = {}
+        for solver in lowrank.SOLVERS:
+            out = tmp_path / solver
+            kept[solver] = runs.extract(*wide, out, solver=solver).summary.written_energy
+            assert verify(*map(str, wide), str(out)).passed
+            rows = [row for row in runs.rows(out).values() if row.status == "adapted"]
+            for row in rows:
+                squares = np.linalg.svd(deltas(*wide)[row.tensor].numpy(), compute_uv=False) ** 2
+                optimum = squares[: row.rank].sum() / squares.sum()
+                assert 0 < row.certificate <= 1e-3
+                assert -1e-6 < optimum - row.preserved_energy <= row.certificate + 1e-7
+                if solver != "auto":
+                    assert row.solver.startswith(solver) or row.reason.startswith(f"{solver} ")
+                    assert row.solver.startswith(solver) or "certificate" in row.reason
+            assert json.loads((out / "run.json").read_text())["settings"]["solver"] == solver
+        assert all(share == pytest.approx(kept["exact"], abs=1e-4) for share in kept.values())
+
+    def test_a_tighter_tolerance_is_another_extraction_and_is_kept(
+        self, wide: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        for tolerance in (1e-2, 1e-6):
+            out = tmp_path / str(tolerance)
+            runs.extract(*wide, out, solver="krylov", tolerance=tolerance)
+            rows = [row for row in runs.rows(out).values() if row.status == "adapted"]
+            assert max(row.certificate for row in rows) <= max(tolerance, 5e-6)
+        versions = [json.loads((tmp_path / out / "run.json").read_text())["version"] for out in ("0.01", "1e-06")]
+        assert versions[0] != versions[1]
+
+    def test_a_profile_of_ones_own_takes_its_own_routes(self, wide: tuple[Path, Path], tmp_path: Path) -> None:
+        """One on which a full decomposition is next to impossible: `auto` takes Krylov where there is room for a basis."""
+        slow = replace(lowrank.PROFILES["cpu"], name="slow", svd_rate=1e3, eigh_rate=1e3, float64_rate=1e3, steps=3)
+        (tmp_path / "slow.json").write_text(json.dumps(asdict(slow)))
+        out = tmp_path / "out"
+        runs.extract(*wide, out, profile=str(tmp_path / "slow.json"), tolerance=0.5)
+        assert all(row.solver == "krylov 24" for row in runs.rows(out).values() if row.status == "adapted")
+
+    def test_a_rank_beyond_the_matrix_is_said(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
+        runs.extract(*pair, tmp_path / "out", rank=20)
+        for row in runs.rows(tmp_path / "out").values():
+            if row.status == "adapted":
+                assert row.reason == ("rank 20 clipped to 16, all there is" if min(row.shape) == 16 else "")
 
 
 class TestSelection:

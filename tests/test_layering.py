@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import toys
+
 PACKAGE = Path(__file__).parent.parent / "phlora_pipeline"
 
 LAYERS = [
     {"errors", "lowrank", "safetensors_format", "storage", "checkpoint", "config", "machine"},
     {"targets", "plan", "dispatch", "parts", "adapter", "manifest", "summary", "card"},
-    {"extract", "driver", "reducer", "runlog", "verify", "convert"},
+    {"extract", "driver", "reducer", "runlog", "verify", "convert", "calibrate"},
     {"pipeline"},
     {"cli", "console", "render", "__main__"},
 ]
@@ -31,6 +34,11 @@ HOMES = {
     "rich": {"console", "render"},
     "safetensors": {"convert"},  # writing what was unpickled; reading is our own, strictly
 }
+
+
+NUMERICS = [
+    "delta", "operator", "panels", "krylov", "ritz", "full", "certificate", "checks", "energy", "routes", "solve", "decompose",
+]  # fmt: skip
 
 
 def modules() -> dict[str, list[Path]]:
@@ -88,6 +96,22 @@ def test_there_are_no_import_circles() -> None:
         edges = {module: others for module, others in edges.items() if module not in leaves}
 
 
+def test_the_numerics_know_tensors_and_nothing_else_of_the_project() -> None:
+    """No storage, no logging, no settings: whoever wants the mathematics alone takes the folder."""
+    names = {name for path in modules()["lowrank"] for name in imported(path)}
+    others = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    assert others == {"torch", "phlora_pipeline"}
+    assert all(name.startswith("phlora_pipeline.lowrank") for name in names if name.startswith("phlora_pipeline"))
+
+
+def test_the_numerics_stand_on_each_other_in_one_order() -> None:
+    files = {path.stem: path for path in modules()["lowrank"]}
+    assert set(files) == {*NUMERICS, "__init__"}
+    for number, module in enumerate(NUMERICS):
+        used = {name.split(".")[2] for name in imported(files[module]) if name.startswith("phlora_pipeline.lowrank.")}
+        assert used & set(files) <= set(NUMERICS[:number]), module
+
+
 @pytest.mark.parametrize("dependency", sorted(HOMES))
 def test_a_dependency_is_imported_only_in_its_home(dependency: str) -> None:
     users = {
@@ -108,3 +132,47 @@ def test_importing_the_package_and_planning_loads_no_engine() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def after_command(*arguments: object) -> tuple[int, set[str], int]:
+    """Of a `phlora` in a process of its own: its exit code, the top modules it has loaded, and the objects it has frozen."""
+    script = (
+        "import atexit, gc, json, sys; from phlora_pipeline import cli\n"
+        "def tell(): print(json.dumps([sorted({name.partition('.')[0] for name in sys.modules}), gc.get_freeze_count()]))\n"
+        "atexit.register(tell); cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    loaded, frozen = json.loads(done.stdout.splitlines()[-1])
+    return done.returncode, set(loaded), frozen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--version"], 0),
+        (["extract", "--help"], 0),
+        (["extract", "--base", "x"], 2),
+        (["extract", "--base", "x", "--tuned", "y", "--out", "z", "--rank", "0"], 2),
+        (["convert", "nothing-there.bin", "z"], 2),
+    ],
+    ids=["version", "help", "usage", "setting", "convert"],
+)
+def test_a_command_that_computes_nothing_does_not_wait_for_torch(arguments: list[str], code: int) -> None:
+    ended, loaded, _ = after_command(*arguments)
+    assert ended == code
+    assert not loaded & {"torch", "numpy", "pyarrow", "ray", "fsspec", "boto3"}
+
+
+def test_a_local_extraction_loads_only_what_it_needs_and_has_it_frozen(tmp_path: Path) -> None:
+    base = toys.llama_tensors(layers=1)
+    pair = toys.save(tmp_path / "base", base), toys.save(tmp_path / "tuned", toys.fine_tuned(base))
+    flags = ["--engine", "local", "--device", "cpu", "--threads", 1]
+    code, loaded, frozen = after_command(
+        "extract", "--base", pair[0], "--tuned", pair[1], "--out", tmp_path / "out", *flags
+    )
+    assert code == 0
+    assert loaded >= {"torch", "pyarrow"}
+    assert not loaded & {"ray", "fsspec", "s3fs", "boto3", "botocore", "aiohttp", "stamina", "safetensors", "rich"}
+    assert frozen > 100_000  # all of torch: no collection looks through it again

@@ -15,7 +15,8 @@ from phlora_pipeline.manifest import EnergyRow
 
 ADAPTED = EnergyRow(
     "v1", "a.weight", "a", "mlp", (4, 6), "BF16", "BF16", "adapted", rank=2, delta_norm=0.5, relative_change=0.01, cosine=0.999,
-    preserved_energy=0.75, written_energy=0.7499, singular_values=(0.5, 0.25), energy_at={8: 1.0, 16: None}, solver="exact",
+    preserved_energy=0.75, written_energy=0.7499, singular_values=(0.5, 0.25), energy_at={8: 1.0, 16: None}, solver="krylov 80",
+    certificate=2.5e-4,
 )  # fmt: skip
 SKIPPED = EnergyRow("v1", "b", "b", "norm", (), "", "F32", "skipped", "not in the base")
 

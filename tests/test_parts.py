@@ -22,6 +22,8 @@ RESULTS = [
         residual_sq=1e-30,
         singular_values=(0.5, 0.25),
         solver="exact",
+        certificate=1.2e-6,
+        notes=("krylov 80: certificate 2.0e-03 over 1.0e-03", "one more"),
     ),
     TensorResult("w2", "failed", reason="3 of 4 entries of the base are NaN"),
     TensorResult("w3", "unchanged", base_sq=2.0, tuned_sq=2.0),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from phlora_pipeline import lowrank
 from phlora_pipeline import plan as planning
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef
 from phlora_pipeline.errors import RequestError
@@ -17,7 +18,12 @@ from phlora_pipeline.safetensors_format import tensor_bytes
 from phlora_pipeline.targets import Selection
 from tests.toys import LLAMA
 
-SETTINGS = PlanSettings(Selection(), "portable", rank=8, max_rank=8, solver="exact", parts_url="/out/_parts")
+SETTINGS = PlanSettings(Selection(), "portable", rank=8, parts_url="/out/_parts", factors=lowrank.Settings(8))
+OWN = replace(lowrank.PROFILES["cpu"], name="my machine")
+
+
+def of_rank(rank: int, **wanted: Any) -> PlanSettings:
+    return replace(SETTINGS, rank=rank, factors=lowrank.Settings(rank, **wanted))
 
 
 def checkpoint(
@@ -74,7 +80,11 @@ def test_a_plan_is_a_pure_function_of_headers_and_settings() -> None:
         ({"rank": 4}, False),
         ({"identity": (("dtype", "float16"),)}, False),
         ({"dialect": "peft"}, False),
-        ({"max_rank": 16}, True),
+        ({"profile": OWN}, True),
+        ({"factors": lowrank.Settings(16)}, True),
+        ({"factors": lowrank.Settings(8, solver="krylov")}, True),
+        ({"factors": lowrank.Settings(8, tolerance=1e-4)}, True),
+        ({"factors": lowrank.Settings(8, energy=0.9)}, True),
         ({"selection": Selection("paper")}, True),
     ],
 )
@@ -83,6 +93,12 @@ def test_identities_change_with_what_decides_the_bytes_and_only_then(change: dic
     before, after = planned(llama()), planned(llama(), replace(SETTINGS, **change))
     assert before.version != after.version
     assert (before.extraction_id != after.extraction_id) == new_parts
+
+
+def test_a_committed_profile_is_no_part_of_an_identity() -> None:
+    """Its routes are the worker's device's, wherever the plan was made."""
+    before, after = planned(llama()), planned(llama(), replace(SETTINGS, profile=lowrank.PROFILES["sm90"]))
+    assert (before.version, before.extraction_id) == (after.version, after.extraction_id)
 
 
 def test_where_things_lie_is_no_part_of_an_identity() -> None:
@@ -221,9 +237,18 @@ class TestTied:
 
 
 def test_a_rank_off_the_grid_is_written_padded_and_said() -> None:
-    made = planned(llama(), replace(SETTINGS, rank=20, max_rank=20))
+    made = planned(llama(), of_rank(20))
     assert (made.rank, made.written_rank) == (20, 32)
     assert any("zero-padded" in warning for warning in made.warnings)
+
+
+def test_with_a_threshold_of_energy_the_rank_is_known_later_and_then_goes_on_the_grid() -> None:
+    made = planned(llama(), of_rank(20, energy=0.9))
+    assert (made.energy, made.warnings) == (0.9, ())
+    later = made.of_rank(9)
+    assert (later.rank, later.written_rank) == (9, 16)
+    assert (later.version, later.extraction_id, later.tasks) == (made.version, made.extraction_id, made.tasks)
+    assert later.adapter_parameters < made.adapter_parameters
 
 
 def test_tensors_that_only_the_base_has_are_said() -> None:

@@ -6,10 +6,8 @@ import pytest
 
 from phlora_pipeline.card import model_card
 from phlora_pipeline.manifest import EnergyRow, Status
-from phlora_pipeline.plan import PlanSettings, make_plan
 from phlora_pipeline.summary import percent, reasons, size, summarize
-from phlora_pipeline.targets import Selection
-from tests.test_plan import checkpoint, llama
+from tests.test_plan import llama, planned
 
 
 def row(name: str, status: Status, delta: float | None, energy: float | None = None, reason: str = "") -> EnergyRow:
@@ -72,8 +70,7 @@ def test_size(nbytes: float, text: str) -> None:
 
 
 def card(rows: list[EnergyRow], **changes: str) -> str:
-    settings = PlanSettings(Selection(), "portable", 8, 8, "exact", "/out/_parts")
-    plan = make_plan(checkpoint(llama()), checkpoint(llama(), side="tuned"), settings)
+    plan = planned(llama())
     return model_card(plan, rows, **{"base_name": "", "dtype": "bfloat16", **changes})
 
 

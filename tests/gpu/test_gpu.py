@@ -1,22 +1,26 @@
-"""The unit of work on a real GPU, against the CPU: subspaces and energies, since bytes are promised per device class."""
+"""The unit of work on a real GPU, against float64 on the CPU: subspaces and energies, since bytes are promised per device class."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from phlora_pipeline import extract
+from phlora_pipeline import extract, lowrank
 from phlora_pipeline.checkpoint import open_checkpoint, read_tensors
 from phlora_pipeline.errors import DeviceError
+from phlora_pipeline.lowrank import Factors, Outcome, Settings
 from phlora_pipeline.parts import TensorResult
 from phlora_pipeline.plan import Block, Task, TensorPair
 from phlora_pipeline.targets import kind_of, module_of
 from phlora_pipeline.verify import verify
 from tests import runs, toys
+from tests.lowrank.cases import delta_of, energies_of, left_by, loss_of, pair_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,23 +43,25 @@ def gapped(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def compute(
-    folders: tuple[Path, Path], device: str, *, max_rank: int
+    folders: tuple[Path, Path], device: str, *, max_rank: int, solver: Any = "auto"
 ) -> tuple[list[TensorResult], dict[str, tuple[Tensor, Tensor]]]:
     """The task of one shape: q_proj and o_proj of both layers."""
     base, tuned = (open_checkpoint(str(folder)).tensors for folder in folders)
     names = [name for name, ref in sorted(tuned.items()) if ref.shape == (128, 128)]
     pairs = tuple(TensorPair(module_of(name), kind_of(name, (128, 128)), base[name], tuned[name]) for name in names)
-    task = Task(Block("block", "factor", pairs), "/nowhere", max_rank, "exact")
+    settings = Settings(max_rank, solver)
+    task = Task(Block("block", "factor", pairs), "/nowhere", settings, lowrank.PROFILES["other"])
     stored = read_tensors([ref for pair in pairs for ref in (pair.base, pair.tuned)])
     return extract.compute(task, stored, torch.device(device))
 
 
-def test_subspaces_and_energies_are_those_of_the_cpu(gapped: tuple[Path, Path]) -> None:
-    there, factors = compute(gapped, DEVICE, max_rank=8)
-    here, expected = compute(gapped, "cpu", max_rank=8)
+@pytest.mark.parametrize("solver", lowrank.SOLVERS)
+def test_subspaces_and_energies_are_those_of_the_cpu(gapped: tuple[Path, Path], solver: Any) -> None:
+    there, factors = compute(gapped, DEVICE, max_rank=8, solver=solver)
+    here, expected = compute(gapped, "cpu", max_rank=8, solver="exact")
     assert len(here) == 4
     for one, other in zip(there, here, strict=True):
-        assert (one.name, one.status, one.solver) == (other.name, other.status, other.solver)
+        assert (one.name, one.status) == (other.name, other.status)
         assert one.delta_sq == pytest.approx(other.delta_sq, rel=1e-10)
         assert one.base_sq == pytest.approx(other.base_sq, rel=1e-10)
         assert one.residual_sq == pytest.approx(other.residual_sq, rel=1e-3)
@@ -89,6 +95,127 @@ def test_the_adapter_is_as_good_as_the_cpus(gapped: tuple[Path, Path], tmp_path:
         for device in (DEVICE, "cpu")
     ]
     assert shapes[0] == shapes[1]
+
+
+def outcomes(deltas: Sequence[Tensor], wanted: Settings, *, pinned: bool = False) -> list[Outcome]:
+    pairs = [pair_of(delta) for delta in deltas]
+    if pinned:
+        pairs = [(base.pin_memory(), tuned.pin_memory()) for base, tuned in pairs]
+    names = [f"w{number}" for number in range(len(deltas))]
+    device = torch.device(DEVICE)
+    return lowrank.decompose(pairs, names, wanted, extract.profile_of(device), device)
+
+
+def on_the_cpu(outcome: Outcome) -> Factors:
+    found = outcome.factors
+    assert found is not None, outcome.failure
+    return Factors(
+        **{**{name: getattr(found, name) for name in found.__slots__}, "A": found.A.cpu(), "B": found.B.cpu()}
+    )
+
+
+def assert_is_best(outcome: Outcome, delta: Tensor) -> None:
+    found, energies = on_the_cpu(outcome), energies_of(delta)
+    assert -1e-6 < loss_of(found, delta) <= found.certificate + 1e-7
+    assert found.residual_sq == pytest.approx(left_by(found, delta), rel=1e-3, abs=1e-9 * float(energies.sum()))
+    sigma = torch.tensor(found.singular_values, dtype=torch.float64)
+    for product in (found.B.double().mT @ found.B.double(), found.A.double() @ found.A.double().mT):
+        assert float((product - torch.diag(sigma)).abs().max()) <= 1e-4 * float(sigma[0])
+
+
+SPECTRA = ["power", "flat", "steep", "clustered", "rank two", "tiny", "huge"]
+SIZES = [(700, 600), (600, 700), (40, 9), (1, 7), (1, 1)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("solver", lowrank.SOLVERS)
+def test_every_solver_is_as_good_as_its_certificate_says(solver: Any, size: tuple[int, int]) -> None:
+    """Against float64, a batch of all spectra at once; TF32 or a wrong driver would show in the fourth digit."""
+    deltas = [delta_of(*size, name) for name in SPECTRA]
+    for outcome, delta in zip(outcomes(deltas, Settings(8, solver)), deltas, strict=True):
+        assert_is_best(outcome, delta)
+        assert outcome.factors.certificate <= 1e-3
+
+
+@pytest.mark.parametrize("driver", ["gesvdj", "gesvd", None])
+def test_every_driver_gives_the_true_triplets(driver: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowrank.full, "drivers", lambda _: (driver,))
+    deltas = [delta_of(300, 200, name) for name in SPECTRA[:4]]
+    for outcome, delta in zip(outcomes(deltas, Settings(8, "exact")), deltas, strict=True):
+        assert outcome.factors.solver == ("exact" if driver is None else f"exact {driver}")
+        assert_is_best(outcome, delta)
+
+
+@pytest.mark.parametrize("solver", lowrank.SOLVERS)
+def test_a_batch_is_as_good_as_one_by_one(solver: Any) -> None:
+    deltas = [delta_of(500, 400, name) for name in SPECTRA]
+    together = outcomes(deltas, Settings(8, solver))
+    for number, (delta, found) in enumerate(zip(deltas, together, strict=True)):
+        [alone] = lowrank.decompose(
+            [pair_of(delta)], [f"w{number}"], Settings(8, solver), extract.profile_of(torch.device(DEVICE)), torch.device(DEVICE)
+        )  # fmt: skip
+        assert alone.delta_sq == pytest.approx(found.delta_sq, rel=1e-10)
+        assert alone.factors.solver == found.factors.solver
+        assert alone.factors.singular_values == pytest.approx(found.factors.singular_values, rel=1e-3)
+
+
+@pytest.mark.parametrize("solver", lowrank.SOLVERS)
+def test_pinned_memory_changes_no_byte(solver: Any) -> None:
+    deltas = [delta_of(500, 400, name) for name in SPECTRA[:3]]
+    for one, other in zip(
+        outcomes(deltas, Settings(8, solver)), outcomes(deltas, Settings(8, solver), pinned=True), strict=True
+    ):
+        assert torch.equal(one.factors.A, other.factors.A)
+        assert torch.equal(one.factors.B, other.factors.B)
+
+
+class TestMemory:
+    """The ladder, on a device of which this process may use little."""
+
+    @pytest.fixture
+    def room(self) -> Iterator[Any]:
+        """Gives a function that leaves so many bytes."""
+        torch.cuda.empty_cache()
+        _, total = torch.cuda.mem_get_info()
+
+        def leave(nbytes: int) -> None:
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + nbytes) / total))
+
+        yield leave
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+
+    def test_a_batch_that_does_not_fit_is_halved(self, room: Any) -> None:
+        deltas = [delta_of(2048, 1536, "power", seed=seed) for seed in range(8)]  # 12 MiB each in float32
+        outcomes(deltas[:1], Settings(8, "krylov"))  # cuBLAS's own workspace, once
+        room(90 << 20)
+        for outcome, delta in zip(outcomes(deltas, Settings(8, "krylov")), deltas, strict=True):
+            assert outcome.factors.notes[0] == "out of memory on cuda with 8 at once"
+            assert not any("processor" in note for note in outcome.factors.notes)
+            assert_is_best(outcome, delta)
+
+    def test_a_matrix_larger_than_the_memory_is_formed_slice_by_slice(
+        self, room: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        delta = torch.randn(16384, 64, generator=generator) @ torch.randn(64, 4096, generator=generator)  # 256 MiB
+        monkeypatch.setattr(lowrank.operator, "CHUNK", 1 << 20)
+        outcomes([delta[:512]], Settings(8, "krylov"))
+        room(224 << 20)
+        [outcome] = outcomes([delta], Settings(64, "krylov"))
+        assert outcome.factors.notes[:2] == ("out of memory on cuda with 1 at once", "formed slice by slice")
+        assert not any("processor" in note for note in outcome.factors.notes)
+        found = on_the_cpu(outcome)
+        left = float((delta - found.B @ found.A).double().square().sum())
+        assert left <= 1e-5 * outcome.delta_sq
+        assert found.certificate <= 1e-3
+
+    def test_no_room_at_all_leaves_it_to_the_processor(self, room: Any) -> None:
+        delta = delta_of(1024, 900, "power")
+        room(1 << 20)
+        [outcome] = outcomes([delta], Settings(8))
+        assert "done on the processor" in outcome.factors.notes
+        assert_is_best(outcome, delta)
 
 
 @pytest.mark.ray

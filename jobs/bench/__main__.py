@@ -1,0 +1,100 @@
+"""The benchmark, `python -m jobs.bench`: it measures, saves every row as soon as it is there, and shows tables.
+
+Kernels (6a), whole processes beside mergekit (6b), the distance to what the machine allows (6c), and how cost grows (6d). It
+judges nothing. Exit codes: 0 measured · 2 something that is to be measured does not run; what was measured before is saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from . import end_to_end, kernels, limit, results, scaling, table
+from .measure import BenchError
+from .settings import FULL, QUICK, Bench
+
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "kernels": kernels.run,
+    "end-to-end": end_to_end.run,
+    "limit": limit.run,
+    "scaling": scaling.run,
+}
+
+
+def main() -> int:
+    """Parse, measure section by section, show."""
+    options = _parser().parse_args()
+    out = options.out or (options.dir / "quick.json" if options.quick else Path("benchmarks.json"))
+    options.dir.mkdir(parents=True, exist_ok=True)
+    code = 0
+    for name in options.only:
+        bench = Bench(
+            root=options.dir.resolve(),
+            sizes=QUICK if options.quick else FULL,
+            peers=not options.no_mergekit,
+            say=say,
+            save=partial(results.save, out, name),
+        )
+        try:
+            SECTIONS[name](bench)
+        except BenchError as error:
+            say(f"error: {name}: {error}")
+            code = 2
+    show(out, None if options.quick and options.readme is None else options.readme or Path("README.md"))
+    return code
+
+
+def show(out: Path, readme: Path | None) -> None:
+    """The tables to stdout, and into the README where there is a place for them."""
+    rendered = table.rendered(results.read(out))
+    print(rendered)
+    if readme is None:
+        return
+    try:
+        readme.write_text(table.inserted(readme.read_text(), rendered))
+    except (OSError, ValueError) as error:
+        say(f"{readme.name} was left as it is: {error}")
+
+
+def say(line: str) -> None:
+    """Progress goes to stderr, tables to stdout."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _sections(value: str) -> list[str]:
+    chosen = value.split(",")
+    if unknown := sorted(set(chosen) - set(SECTIONS)):
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
+    return chosen
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jobs.bench", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--only", type=_sections, default=list(SECTIONS), metavar="LIST", help=f"of {','.join(SECTIONS)}; default: all"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny cases, to see that all runs; results go to DIR/quick.json, and no README is touched",
+    )
+    parser.add_argument(
+        "--no-mergekit", action="store_true", help="ours alone: its environment is a download of 0.3 GB"
+    )
+    parser.add_argument("--out", type=Path, help="results, merged with what is there (default: benchmarks.json)")
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        help="where the tables go, between <!-- benchmarks --> and <!-- /benchmarks --> (default: README.md)",
+    )
+    parser.add_argument(
+        "--dir", type=Path, default=Path(".bench"), help="pairs and environments, kept (default: %(default)s)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""What one call of the benchmark is given, and how large its cases are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The cases.
+
+    Attributes:
+        shapes, ranks, spectra: of the kernels: every combination.
+        hidden, inner, vocab, layers: of the Llama-shaped pair.
+        rank: of the end-to-end rows, the distance to the limit, and the growth with layers and fine-tunes.
+        large_rank: of the third end-to-end row.
+        growth_ranks, growth_layers, growth_tunes: how cost grows.
+        runs: how often our own command is run; the median counts. Where it is once, it is not warmed up either.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    ranks: tuple[int, ...]
+    spectra: tuple[str, ...]
+    hidden: int
+    inner: int
+    vocab: int
+    layers: int
+    rank: int
+    large_rank: int
+    growth_ranks: tuple[int, ...]
+    growth_layers: tuple[int, ...]
+    growth_tunes: tuple[int, ...]
+    runs: int
+
+
+FULL = Sizes(
+    shapes=((576, 576), (1024, 1024), (2048, 2048), (512, 4096), (2048, 8192), (4096, 4096)),
+    ranks=(16, 32, 64, 512),
+    spectra=pairs.SPECTRA,
+    hidden=2048, inner=5632, vocab=32000, layers=4, rank=32, large_rank=512,
+    growth_ranks=(8, 16, 32, 64, 128), growth_layers=(1, 2, 4, 8), growth_tunes=(1, 2, 4), runs=5,
+)  # fmt: skip
+QUICK = Sizes(
+    shapes=((96, 96), (48, 128)),
+    ranks=(16, 32),
+    spectra=("power-0.4", "rank-16"),
+    hidden=64, inner=176, vocab=256, layers=2, rank=16, large_rank=32,
+    growth_ranks=(8,), growth_layers=(1,), growth_tunes=(2,), runs=1,
+)  # fmt: skip
+"""Shows in a minute that everything runs; its figures mean nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """One call of the benchmark.
+
+    Attributes:
+        root: scratch folder: pairs, environments, truths; kept between calls.
+        sizes: how large the cases are.
+        peers: whether mergekit is called.
+        say: told what takes time before it is done.
+        save: merges what is found into the results, at once: `save({row: {…}})`.
+    """
+
+    root: Path
+    sizes: Sizes
+    peers: bool
+    say: Callable[[str], None]
+    save: Callable[[dict[str, Any]], None]
+
+    def llama(self, layers: int) -> tuple[Path, Path]:
+        """The Llama-shaped pair with so many layers: folders of base and fine-tune."""
+        sizes = self.sizes
+        return pairs.llama_pair(self.root, layers, sizes.hidden, sizes.inner, sizes.vocab)
+
+    def turns(self) -> range:
+        """Of our own command; the one numbered 0 warms byte code and page cache, and does not count."""
+        return range(0 if self.sizes.runs > 1 else 1, self.sizes.runs + 1)

@@ -1,0 +1,160 @@
+"""ΔW formed in float32 from whatever is stored, its norms summed in float64, and what is not finite found and named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WIDE = frozenset({torch.float64, torch.int64, torch.int32})
+"""Stored dtypes whose differences float32 would lose: they are formed in float64, and then rounded."""
+
+CHUNK = 1 << 22
+"""Elements that are held in float64 at a time: sums are exact enough, and no temporary is as large as a weight."""
+
+_CACHED = 1 << 18
+"""Elements that a processor takes at a time: three float32 panels of them stay in its second-level cache."""
+
+_RUN = 512
+"""Squares that are summed in float32."""
+
+_FLOAT32_SQUARES = (1e-25, 1e30)
+"""Sums of squares that float32 holds without overflow, and without losing entries to underflow."""
+
+
+def to_host(tensor: Tensor) -> Any:
+    """A small tensor as (nested) lists: the one place where the device is waited for."""
+    return tensor.tolist()
+
+
+def form_delta(base: Tensor, tuned: Tensor, out: Tensor, rounded: Tensor | None = None) -> Tensor:
+    """Write `ΔW = W_tuned − W_base` into `out`, in float32, from whatever dtypes are stored.
+
+    The subtraction is never done in a 16-bit dtype: that alone would add up to 5e-4 of relative error.
+
+    Args:
+        base, tuned: same shape, any dtype, on the CPU or on `out`'s device.
+        out: contiguous float32 of the same shape; overwritten.
+        rounded: ΔW once more, rounded to this tensor's dtype, while it is in a processor's cache; contiguous, overwritten.
+
+    Returns:
+        (3,) float64 on `out`'s device: ‖W_base‖_F², ‖W_tuned‖_F², ‖ΔW‖_F². A NaN or an infinity among the entries
+        makes the last one not finite, and nothing else does: squares of float32 values cannot overflow float64.
+    """
+    on_cpu = not (out.is_cuda or base.is_cuda or tuned.is_cuda)
+    if on_cpu and not {base.dtype, tuned.dtype} & _WIDE:
+        return _form_cached(base.reshape(-1), tuned.reshape(-1), out.view(-1), _flat(rounded))
+    dtype = torch.float64 if {base.dtype, tuned.dtype} & _WIDE else torch.float32
+    sums = torch.zeros(3, dtype=torch.float64, device=out.device)
+    for piece in _pieces(out.numel(), CHUNK):
+        # In two steps: in one, what goes to a GPU would be converted on the processor, and go there as twice the bytes.
+        before = base.reshape(-1)[piece].to(out.device).to(dtype)
+        after = tuned.reshape(-1)[piece].to(out.device).to(dtype)
+        torch.sub(after, before, out=out.view(-1)[piece])
+        sums += torch.stack([sum_of_squares(before), sum_of_squares(after), sum_of_squares(out.view(-1)[piece])])
+    if rounded is not None:
+        rounded.copy_(out)
+    return sums
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.view(-1)
+
+
+def _form_cached(base: Tensor, tuned: Tensor, out: Tensor, rounded: Tensor | None) -> Tensor:
+    """The same on a processor, each piece while it is in the cache, with squares summed in float32 over `_RUN` entries only."""
+    scratch = torch.empty(min(_CACHED, out.numel()), dtype=torch.float32)
+    sums: list[Tensor] = []
+    for piece in _pieces(out.numel(), _CACHED):
+        delta, before = out[piece], scratch[: len(out[piece])]
+        before.copy_(base[piece])
+        delta.copy_(tuned[piece])
+        sums += [_squares(before), _squares(delta)]
+        delta.sub_(before)
+        sums.append(_squares(delta))
+        if rounded is not None:
+            rounded[piece].copy_(delta)
+    table = torch.stack(sums).view(-1, 3) if sums else torch.zeros(0, 3, dtype=torch.float64)
+    low, high = _FLOAT32_SQUARES
+    doubtful = ~((table >= low) & (table <= high)).all(dim=1)  # NaN is doubtful, too
+    for row in to_host(doubtful.nonzero().view(-1)):
+        piece = slice(row * _CACHED, (row + 1) * _CACHED)
+        table[row] = torch.stack([sum_of_squares(side[piece]) for side in (base, tuned, out)])
+    return table.sum(dim=0)
+
+
+def distance_sq(delta: Tensor, rounded: Tensor) -> Tensor:
+    """‖ΔW − its rounding‖_F² in float64, of contiguous tensors of one shape: right to 1e-6, a piece at a time."""
+    total = torch.zeros((), dtype=torch.float64, device=delta.device)
+    for piece in _pieces(delta.numel(), _CACHED if delta.device.type == "cpu" else CHUNK):
+        total += _squares(delta.view(-1)[piece] - rounded.view(-1)[piece])
+    return total
+
+
+def _squares(values: Tensor) -> Tensor:
+    """Σ x² in float64 of float32 sums of `_RUN` entries: right to 1e-8."""
+    whole = len(values) // _RUN * _RUN
+    rows = values[:whole].view(-1, _RUN)
+    rest = values[whole:].double()
+    total: Tensor = torch.linalg.vecdot(rows, rows).double().sum() + torch.dot(rest, rest)
+    return total
+
+
+def first_nonfinite(base: Tensor, tuned: Tensor) -> tuple[int, tuple[int, ...]] | None:
+    """How many entries of ΔW are NaN or infinite, and the index of the first; None where all are finite."""
+    count, first = 0, -1
+    for piece in _pieces(base.numel(), CHUNK):
+        delta = tuned.reshape(-1)[piece].double() - base.reshape(-1)[piece].double()
+        bad = ~torch.isfinite(delta.float())
+        found = int(bad.sum())
+        if found and not count:
+            first = piece.start + int(bad.nonzero()[0])
+        count += found
+    return (count, unravelled(first, tuple(base.shape))) if count else None
+
+
+def unravelled(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The index of an entry from its number in row-major order.
+
+    >>> unravelled(5, (2, 3))
+    (1, 2)
+    """
+    index: list[int] = []
+    for size in reversed(shape):
+        flat, at = divmod(flat, size)
+        index.insert(0, at)
+    return tuple(index)
+
+
+def scale_exponent(norm_sq: float) -> int:
+    """The power of two that brings a matrix of this squared Frobenius norm near to norm 1; 0 where it is near enough.
+
+    Gram matrices square, and bfloat16 and float32 share one range of exponents: norms from 2⁻²⁰ to 2²⁰ are left alone.
+    """
+    exponent = math.frexp(math.sqrt(norm_sq))[1]
+    return 0 if abs(exponent) <= 20 else -exponent
+
+
+def scale_(tensor: Tensor, exponent: int) -> Tensor:
+    """Multiply by 2^exponent in place; exact but for underflow. In two steps, since 2¹⁴⁹ is no float32."""
+    if exponent:
+        half = exponent // 2
+        tensor.mul_(2.0**half).mul_(2.0 ** (exponent - half))
+    return tensor
+
+
+def sum_of_squares(values: Tensor) -> Tensor:
+    """Σ x² in float64, through temporaries of `CHUNK` elements at most."""
+    flat = values.reshape(-1)
+    total = torch.zeros((), dtype=torch.float64, device=values.device)
+    for piece in _pieces(flat.numel(), CHUNK):
+        part = flat[piece].double()
+        total += torch.dot(part, part)
+    return total
+
+
+def _pieces(numel: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, numel)) for start in range(0, numel, size))

@@ -1,0 +1,229 @@
+"""Which solver a weight takes: a pure function of its shape, the rank and the kind of device. Costs, not races.
+
+A `Profile` holds the rates of one kind of device. Those below were measured once and are committed, so that the same
+checkpoint takes the same route tonight and next year; `phlora calibrate` measures a profile of one's own. Only
+deterministic facts (the certificate, the checks, out of memory) change a route later on, and the part says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from phlora_pipeline.lowrank.certificate import PROBES
+from phlora_pipeline.lowrank.operator import slice_bytes
+
+Solver = Literal["auto", "krylov", "gram", "exact"]
+SOLVERS: tuple[Solver, ...] = ("auto", "krylov", "gram", "exact")
+
+CHECK_ROWS = 8
+"""Random rows that every factorisation is checked with."""
+
+_FIRST_RANK = 16
+_DOUBLINGS = 4
+
+RESIDENT_BYTES = 1 << 30
+"""A ΔW that is larger in float32 is not held on a processor's side: it is formed slice by slice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Rates of one kind of device, in floating-point operations, bytes and seconds.
+
+    Attributes:
+        name: of the kind: `cpu`, `cpu-bf16`, `sm80`, `sm90`, `other`, or of a user's own file.
+        low: dtype of the range finder's products: `bfloat16` where the device has units for it, else `float32`.
+        block_per_rank: rows of a Krylov block, as a share of the rank: narrow where a product costs what its columns
+            cost, wide where it costs a launch.
+        steps: blocks that the basis starts with.
+        degree: of the polynomial that estimates the tail, in the first round.
+        low_rate, float32_rate, float64_rate: of products, per second; the first of thin panels.
+        eigh_rate: of a float64 eigendecomposition, taken as 9m³ operations.
+        svd_rate: of a float32 SVD, taken as 6mn² + 20n³ operations.
+        stream_rate: bytes per second that a product reads of a matrix.
+        call: seconds that any operation takes.
+    """
+
+    name: str
+    low: Literal["bfloat16", "float32"]
+    block_per_rank: float
+    steps: int
+    degree: int
+    low_rate: float
+    float32_rate: float
+    float64_rate: float
+    eigh_rate: float
+    svd_rate: float
+    stream_rate: float
+    call: float
+
+    def __post_init__(self) -> None:
+        """Refuse rates that are none: a cost of them would be nonsense."""
+        rates = (self.low_rate, self.float32_rate, self.float64_rate, self.eigh_rate, self.svd_rate, self.stream_rate)
+        if not all(0 < value < math.inf for value in (*rates, self.call, self.block_per_rank)) or self.steps < 2:
+            raise ValueError(
+                f"a profile's rates are positive numbers, and its basis starts with 2 blocks or more: {self}"
+            )
+
+
+# Two cores of a Zen 4 server with AVX-512 BF16; measured by `phlora calibrate`.
+_CPU_BF16 = Profile("cpu-bf16", "bfloat16", 0.75, 7, 9, 4e11, 1.3e11, 5e10, 4.5e10, 1.0e11, 1.8e10, 2e-5)
+# The same, without its units for bfloat16: ratios between the rates matter here, not the rates.
+_CPU = Profile("cpu", "float32", 0.75, 7, 9, 1.3e11, 1.3e11, 5e10, 4.5e10, 1.0e11, 1.8e10, 2e-5)
+# From the vendors' peak rates, halved; no such device has been measured yet. SVD and eigh of one matrix use few of its units.
+_SM80 = Profile("sm80", "bfloat16", 1.25, 5, 19, 1e14, 1e13, 8e12, 4e11, 2e11, 1e12, 1e-5)
+_SM90 = Profile("sm90", "bfloat16", 1.25, 5, 19, 4e14, 3e13, 2.5e13, 6e11, 3e11, 2e12, 1e-5)
+_OTHER = Profile("other", "float32", 1.25, 5, 19, 1e13, 1e13, 3e11, 1e11, 1e11, 3e11, 2e-5)
+PROFILES = {profile.name: profile for profile in (_CPU, _CPU_BF16, _SM80, _SM90, _OTHER)}
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One size of the Krylov basis, with the effort that goes into its certificate.
+
+    Attributes:
+        rank: triplets that may be taken from it.
+        block: rows of each block.
+        width: rows of the basis.
+        kept: its leading directions that are used in float32.
+        degree: of the polynomial that estimates the tail.
+    """
+
+    rank: int
+    block: int
+    width: int
+    kept: int
+    degree: int
+
+
+def rounds(m: int, rank: int, profile: Profile, *, growing: bool = False) -> list[Round]:
+    """The sizes that are tried one after another: each twice the last, up to half of the matrix.
+
+    Args:
+        m: the shorter side.
+        rank: triplets wanted, at most m.
+        profile: of the device.
+        growing: whether the rank, too, doubles from 16 up to `rank`, for a threshold of energy.
+    """
+    first = min(rank, _FIRST_RANK) if growing else rank
+    block = max(8, 8 * math.ceil(profile.block_per_rank * first / 8))
+    found = []
+    for doubling in range(_DOUBLINGS if not growing else 2 * _DOUBLINGS):
+        width = block * profile.steps << doubling
+        usable = min(first << doubling, rank) if growing else rank
+        kept = 2 * width // 5
+        if width > m // 2 or kept < usable:
+            break
+        degree = (
+            profile.degree << min(doubling, _DOUBLINGS) | 1
+        )  # odd: the many directions that D ends in zero count for nothing
+        found.append(Round(usable, block, width, kept, degree))
+    return found
+
+
+def krylov_seconds(m: int, n: int, step: Round, profile: Profile) -> float:
+    """Time of one matrix from the start to the end of this round."""
+    low, precise = krylov_work(m, n, step)
+    L, p = step.width, step.kept
+    products = 2 * L // step.block + step.degree
+    small = 4 * L * L * m + 2 * L * L * n + 8 * p * p * (m + n)
+    grams = 4 * step.block * L * m + 4 * p * p * (m + n)
+    itemsize = 2 if profile.low == "bfloat16" else 4
+    return (
+        low / profile.low_rate
+        + products * itemsize * m * n / profile.stream_rate
+        + (precise + small) / profile.float32_rate
+        + grams / profile.float64_rate
+        + (9 * L**3 + 4 * 9 * p**3 + 16 * 3 * p**3) / profile.eigh_rate
+        + profile.call * (30 * L // step.block + 4 * step.degree + 200)
+    )
+
+
+def krylov_work(m: int, n: int, step: Round) -> tuple[float, float]:
+    """Floating-point operations of the products with ΔW: those in low precision, and those in float32."""
+    low = 2.0 * m * n * (2 * step.width + PROBES * step.degree)
+    return low, 2.0 * m * n * (3 * step.kept + CHECK_ROWS)
+
+
+def gram_seconds(m: int, n: int, rank: int, profile: Profile) -> float:
+    """Time of the Gram route on one matrix."""
+    return (
+        2.0 * m * m * n / profile.float64_rate
+        + 9.0 * m**3 / profile.eigh_rate
+        + 4.0 * m * n * rank / profile.float32_rate
+        + 9.0 * rank**3 / profile.eigh_rate
+        + 20 * profile.call
+    )
+
+
+def exact_flops(d: int, k: int) -> float:
+    """Floating-point operations of a thin SVD of one (d, k) matrix: QR first, then divide and conquer.
+
+    Golub and Van Loan, *Matrix Computations*, table 8.6.1 (R-SVD with U₁ and V): 6 m n² + 20 n³ for m ≥ n.
+    """
+    m, n = max(d, k), min(d, k)
+    return 6.0 * m * n * n + 20.0 * n**3
+
+
+def exact_seconds(m: int, n: int, profile: Profile) -> float:
+    """Time of the exact route on one matrix."""
+    return exact_flops(m, n) / profile.svd_rate + 20 * profile.call
+
+
+def whole(d: int, k: int, rank: int, profile: Profile) -> tuple[Literal["gram", "exact"], float]:
+    """The cheaper of the two routes that decompose all of ΔW, and its time."""
+    m, n = min(d, k), max(d, k)
+    gram, exact = gram_seconds(m, n, min(rank, m), profile), exact_seconds(m, n, profile)
+    return ("gram", gram) if gram < 0.9 * exact else ("exact", exact)
+
+
+def planned(
+    d: int, k: int, rank: int, solver: Solver, profile: Profile, *, growing: bool = False
+) -> tuple[list[Round], Literal["gram", "exact"]]:
+    """The rounds of Krylov that are tried, perhaps none, and the route that is taken when they do not do.
+
+    `auto` tries a round where it costs less than the route behind it; `krylov` tries every round that there is.
+    """
+    m, n = min(d, k), max(d, k)
+    if solver in {"gram", "exact"}:
+        return [], "gram" if solver == "gram" else "exact"
+    last, limit = whole(d, k, rank, profile)
+    tried = rounds(m, min(rank, m), profile, growing=growing)
+    if solver == "auto":
+        tried = [step for step in tried if krylov_seconds(m, n, step, profile) < 0.8 * limit]
+    return tried, last
+
+
+def seconds(d: int, k: int, rank: int, solver: Solver, profile: Profile) -> float:
+    """What one (d, k) matrix is planned to take: its first route."""
+    m, n = min(d, k), max(d, k)
+    tried, last = planned(d, k, rank, solver, profile)
+    if tried:
+        return krylov_seconds(m, n, tried[0], profile)
+    return gram_seconds(m, n, min(rank, m), profile) if last == "gram" else exact_seconds(m, n, profile)
+
+
+def flops(d: int, k: int, rank: int, solver: Solver, profile: Profile) -> float:
+    """Floating-point operations of the first route."""
+    m, n = min(d, k), max(d, k)
+    tried, last = planned(d, k, rank, solver, profile)
+    if tried:
+        return sum(krylov_work(m, n, tried[0]))
+    return 2.0 * m * m * n + 9.0 * m**3 if last == "gram" else exact_flops(d, k)
+
+
+def is_blocked(d: int, k: int, device: str) -> bool:
+    """Whether ΔW is formed slice by slice from the start, and never resident in float32."""
+    return device == "cpu" and 4 * d * k > RESIDENT_BYTES
+
+
+def worker_bytes(d: int, k: int, rank: int, solver: Solver, profile: Profile) -> int:
+    """Peak bytes of factorising one matrix on a processor: of the planned route, and of the one behind it."""
+    m, n = min(d, k), max(d, k)
+    tried, last = planned(d, k, rank, solver, profile)
+    blocked = is_blocked(d, k, "cpu")
+    panels = 4 * 3 * tried[0].width * (m + n) if tried else 0
+    copies = slice_bytes(m) if blocked else (8 if tried else 4) * m * n
+    behind = 8 * 3 * m * m if last == "gram" else 4 * (2 * m * n + 6 * m * m) + (4 * m * n if blocked else 0)
+    return copies + max(panels, behind)

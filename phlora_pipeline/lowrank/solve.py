@@ -1,0 +1,242 @@
+"""One route after another until a factorisation is checked and certified: the ladder every solver stands on.
+
+A batch goes through the rounds of block Krylov that its plan allows; whatever is not certified within the tolerance, or
+fails a check, goes on to the next round, then to the route that decomposes all of ΔW, then to the other one. Each matrix's
+way depends on that matrix alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phlora_pipeline.lowrank import checks, full
+from phlora_pipeline.lowrank.certificate import certificate, optimum_bound, tail_bound
+from phlora_pipeline.lowrank.delta import to_host
+from phlora_pipeline.lowrank.krylov import KrylovBasis
+from phlora_pipeline.lowrank.operator import Operator
+from phlora_pipeline.lowrank.panels import gaussian
+from phlora_pipeline.lowrank.ritz import Triplets, refine
+from phlora_pipeline.lowrank.routes import CHECK_ROWS, Profile, Round, Solver, planned
+
+_CANCELS = 1e-3
+"""A residual below this share of ‖ΔW‖_F² is not taken as a difference of two nearly equal numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is wanted of a factorisation.
+
+    Attributes:
+        max_rank: triplets at most; min(max_rank, d, k) are returned, or fewer where `energy` is reached before.
+        solver: route, or `auto`.
+        tolerance: of the certificate: a share of ‖ΔW‖_F².
+        energy: E_r that is enough, in (0, 1]; None for max_rank triplets whatever their energy.
+    """
+
+    max_rank: int
+    solver: Solver = "auto"
+    tolerance: float = 1e-3
+    energy: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """LoRA factors of one ΔW; those of a smaller rank are their first rows and columns.
+
+    Attributes:
+        A: (q, k) float32, √ΣVᵀ.
+        B: (d, q) float32, U√Σ; the entry of largest magnitude of each column is positive.
+        singular_values: q of them, descending.
+        residual_sq: ‖ΔW − B·A‖_F².
+        certificate: c with E_r(optimal) − E_r(ours) ≤ c for every r ≤ q: probabilistic, see `certificate`.
+        solver: the route that gave them.
+        notes: what else was tried, and why it did not do.
+    """
+
+    A: Tensor
+    B: Tensor
+    singular_values: tuple[float, ...]
+    residual_sq: float
+    certificate: float
+    solver: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A route's answer for a batch: `bounds` of λ_i, i ≤ rank, and what the checks need; `totals` of all λ, where known."""
+
+    triplets: Triplets
+    bounds: Sequence[Sequence[float]]
+    seen: Tensor
+    rank: int
+    last_resort: bool
+    totals: Sequence[float] | None = None
+
+
+def factorise(
+    op: Operator, names: Sequence[str], norms_sq: Sequence[float], settings: Settings, profile: Profile
+) -> list[Factors | str]:
+    """LoRA factors of every ΔW of a batch (eq. 3 and 4), certified, or the reason why there are none.
+
+    Args:
+        op: the batch, finite, none of it zero, of norms near 1.
+        names: of the tensors; they seed all that is random.
+        norms_sq: ‖ΔW‖_F² of each.
+        settings: what is wanted.
+        profile: of the device.
+    """
+    return _Ladder(op, names, norms_sq, settings, profile).climb()
+
+
+_Whole = Callable[[Operator, Tensor], tuple[Triplets, Tensor, Tensor, Tensor]]
+"""(D, ψ) → the triplets, bounds of λ_i (b, rank), ψ·D, and all λ (b, m)."""
+
+
+class _Ladder:
+    def __init__(
+        self, op: Operator, names: Sequence[str], norms_sq: Sequence[float], settings: Settings, profile: Profile
+    ) -> None:
+        self._op, self._names, self._norms_sq = op, names, norms_sq
+        self._settings, self._profile = settings, profile
+        self._q = min(settings.max_rank, op.shape[1])
+        self._psi = gaussian(names, "check", CHECK_ROWS, op.shape[1], op.device)
+        self._done: dict[int, Factors] = {}
+        self._notes: list[list[str]] = [[] for _ in names]
+
+    def climb(self) -> list[Factors | str]:
+        _, m, n = self._op.shape
+        growing = self._settings.energy is not None
+        rounds, last = planned(m, n, self._q, self._settings.solver, self._profile, growing=growing)
+        try:
+            self._krylov(rounds)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # it is exported
+            self._note("krylov", error)
+        for name in (last, "exact" if last == "gram" else "gram"):
+            if self._pending:
+                self._whole(name)
+        return [self._done.get(index) or self._failure(index) for index in range(len(self._names))]
+
+    @property
+    def _pending(self) -> list[int]:
+        return [index for index in range(len(self._names)) if index not in self._done]
+
+    def _krylov(self, rounds: Sequence[Round]) -> None:
+        basis: KrylovBasis | None = None
+        inside: list[int] = []
+        for step in rounds:
+            pending = self._pending
+            if not pending:
+                return
+            op, names = self._op.pick(pending), [self._names[index] for index in pending]
+            if basis is None:
+                basis = KrylovBasis(op, names, step.block)
+            else:
+                basis = basis.pick([inside.index(index) for index in pending], op)
+            inside = pending
+            basis.grow(step.width)
+            U = basis.leading(step.kept)
+            triplets, compression, seen = refine(op, U, self._psi[pending])
+            norms_sq = [self._norms_sq[index] for index in pending]
+            guesses = to_host(triplets.energies[:, -1])
+            tails = tail_bound(op, compression.V, names, guesses, norms_sq, step.degree)
+            bounds = optimum_bound(compression, tails, step.rank)
+            self._judge(f"krylov {step.width}", _Found(triplets, bounds, seen, step.rank, last_resort=False))
+
+    def _whole(self, name: str) -> None:
+        for attempt, run in self._attempts(name):
+            pending = self._pending
+            if not pending:
+                return
+            op = self._op.pick(pending)
+            try:
+                triplets, bounds, seen, spectrum = run(op, self._psi[pending])
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # it is exported
+                self._note(attempt, error)
+                continue
+            totals = to_host(spectrum.sum(dim=1))
+            self._judge(attempt, _Found(triplets, to_host(bounds), seen, self._q, last_resort=True, totals=totals))
+
+    def _note(self, attempt: str, error: Exception) -> None:
+        for index in self._pending:
+            self._notes[index].append(f"{attempt}: {' '.join(str(error).split())[:120]}")
+
+    def _attempts(self, name: str) -> list[tuple[str, _Whole]]:
+        if name == "gram":
+            good = self._profile.float64_rate >= self._profile.float32_rate / 4
+            dtype = torch.float64 if good else torch.float32
+            return [("gram", lambda op, psi: full.gram_eigen(op, self._q, psi, dtype))]
+        return [
+            (f"exact {driver}" if driver else "exact", lambda op, psi, driver=driver: self._exact(op, psi, driver))  # type: ignore[misc]
+            for driver in full.drivers(self._op.device)
+        ]
+
+    def _exact(self, op: Operator, psi: Tensor, driver: str | None) -> tuple[Triplets, Tensor, Tensor, Tensor]:
+        triplets, bounds, singular_values = full.exact(op, self._q, driver)
+        return triplets, bounds, op.to_long(psi, precise=True), singular_values.square()
+
+    def _judge(self, attempt: str, found: _Found) -> None:
+        """Keep what is checked, certified and enough; note why the rest is not."""
+        pending = self._pending
+        norms_sq = [self._norms_sq[index] for index in pending]
+        cut = Triplets(
+            found.triplets.short[:, : found.rank], found.triplets.long[:, : found.rank], found.triplets.energies[:, : found.rank]
+        )  # fmt: skip
+        wrong = checks.problems(cut, norms_sq, self._psi[pending], found.seen, found.totals)
+        energies = to_host(cut.energies)
+        for row, index in enumerate(pending):
+            norm_sq = norms_sq[row]
+            rank, enough = self._rank(energies[row], norm_sq)
+            if wrong[row]:
+                self._notes[index].append(f"{attempt}: {wrong[row]}")
+                continue
+            c = certificate(math.fsum(found.bounds[row][:rank]), math.fsum(energies[row][:rank]), norm_sq)
+            if not enough and not found.last_resort:
+                continue  # the threshold asks for a larger basis: no failure
+            if not c <= self._settings.tolerance and not found.last_resort:
+                self._notes[index].append(f"{attempt}: certificate {c:.1e} over {self._settings.tolerance:.1e}")
+                continue
+            short, long = cut.short[row, :rank], cut.long[row, :rank]
+            left, right = (long, short) if self._op.turned else (short, long)
+            B, A = _signs_fixed(left, right)
+            self._done[index] = Factors(
+                A=A,
+                B=B,
+                singular_values=tuple(math.sqrt(energy) for energy in energies[row][:rank]),
+                residual_sq=self._residual_sq(index, short, long, energies[row][:rank]),
+                certificate=c,
+                solver=attempt,
+                notes=tuple(self._notes[index]),
+            )
+
+    def _residual_sq(self, index: int, short: Tensor, long: Tensor, energies: Sequence[float]) -> float:
+        """‖ΔW‖² − Σσ², which the checks have tested; measured entry by entry where nearly all of it would cancel."""
+        norm_sq = self._norms_sq[index]
+        left = norm_sq - math.fsum(energies)
+        return left if left > _CANCELS * norm_sq else float(to_host(self._op.residual_sq(index, short, long)))
+
+    def _rank(self, energies: Sequence[float], norm_sq: float) -> tuple[int, bool]:
+        """The smallest rank that preserves the energy asked for, and whether more triplets would be of use."""
+        if self._settings.energy is None:
+            return len(energies), True
+        total = 0.0
+        for index, energy in enumerate(energies):
+            total += energy
+            if total >= self._settings.energy * norm_sq:
+                return index + 1, True
+        return len(energies), len(energies) >= self._q
+
+    def _failure(self, index: int) -> str:
+        return "no solver gave a factorisation that stands its checks: " + "; ".join(self._notes[index])
+
+
+def _signs_fixed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """B (d, q) and A (q, k) of rows √σ·u and √σ·v; the largest entry of each column of U positive: the same ΔW, the same bytes."""
+    largest = left.abs().argmax(dim=-1, keepdim=True)  # (q, 1)
+    signs = torch.where(left.gather(-1, largest) < 0, -1.0, 1.0)
+    return (left * signs).mT.contiguous(), right * signs
