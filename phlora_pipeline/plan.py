@@ -19,7 +19,7 @@ from phlora_pipeline.errors import RequestError
 from phlora_pipeline.lowrank import routes
 from phlora_pipeline.targets import Dialect, Kind, Selection, ServerRules
 
-BLOCK_BYTES = 128 << 20
+BLOCK_BYTES = 96 << 20
 """Cap of one block's ΔW in float32: what a worker holds, and loses if it dies."""
 
 NUMERICS_REVISION = 2

@@ -135,7 +135,7 @@ class TestPeers:
 @pytest.mark.parametrize("solver", kernels.OURS)
 def test_ours_is_called_with_every_solver(solver: str) -> None:
     base, tuned = pairs.weight_pair("power-1.0", 160, 120)
-    A, B, certificate, route = kernels.ours(base, tuned, "w", 8, solver)  # type: ignore[arg-type]
+    A, B, certificate, route = kernels.Ours(base, tuned, "w", 8, solver)()  # type: ignore[arg-type]
     best = truth.optimal(base, tuned, [8])[8]
     assert (A.shape, B.shape) == ((8, 120), (160, 8))
     assert best - truth.captured(base, tuned, A, B) <= max(certificate, 1e-6)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from . import end_to_end, kernels, limit, results, scaling, table
 from .measure import BenchError
-from .settings import FULL, QUICK, Bench
+from .settings import FULL, QUICK, Bench, Sizes
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "kernels": kernels.run,
@@ -33,7 +34,7 @@ def main() -> int:
     for name in options.only:
         bench = Bench(
             root=options.dir.resolve(),
-            sizes=QUICK if options.quick else FULL,
+            sizes=_chosen(QUICK if options.quick else FULL, options),
             peers=not options.no_mergekit,
             say=say,
             save=partial(results.save, out, name),
@@ -71,6 +72,17 @@ def _sections(value: str) -> list[str]:
     return chosen
 
 
+def _listed(value: str) -> list[str]:
+    return value.split(",")
+
+
+def _chosen(sizes: Sizes, options: argparse.Namespace) -> Sizes:
+    """Only the shapes and spectra of the kernels that are asked for."""
+    shapes = tuple(shape for shape in sizes.shapes if not options.shapes or f"{shape[0]}x{shape[1]}" in options.shapes)
+    spectra = tuple(name for name in sizes.spectra if not options.spectra or name in options.spectra)
+    return replace(sizes, shapes=shapes, spectra=spectra)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jobs.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
@@ -84,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-mergekit", action="store_true", help="ours alone: its environment is a download of 0.3 GB"
     )
+    parser.add_argument("--shapes", type=_listed, metavar="LIST", help="of the kernels, such as 576x576,4096x4096")
+    parser.add_argument("--spectra", type=_listed, metavar="LIST", help="of the kernels, such as power-0.4,flat")
     parser.add_argument("--out", type=Path, help="results, merged with what is there (default: benchmarks.json)")
     parser.add_argument(
         "--readme",

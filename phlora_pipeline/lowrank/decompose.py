@@ -68,18 +68,22 @@ class Workspace:
 
 def measure(pairs: list[Pair], device: torch.device) -> list[Outcome]:
     """The norms alone, of tensors of any shape, a piece at a time. `pairs` is emptied on the way, as by `decompose`."""
-    found = []
-    while pairs:
-        pair = pairs.pop(0)
-        base, tuned = (side.reshape(-1) for side in pair)
-        scratch = torch.empty(min(CHUNK, base.numel()), dtype=torch.float32, device=device)
-        sums = [
-            form_delta(base[start : start + CHUNK], tuned[start : start + CHUNK], scratch[: base.numel() - start])
-            for start in range(0, base.numel(), CHUNK)
-        ]
-        total = torch.stack(sums).sum(dim=0) if sums else torch.zeros(3)
-        found.append(_outcome(pair, to_host(total)))
-    return found
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # pieces that fit the cache are not worth another one
+    try:
+        return [_measured(pairs.pop(0), device) for _ in range(len(pairs))]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measured(pair: Pair, device: torch.device) -> Outcome:
+    base, tuned = (side.reshape(-1) for side in pair)
+    scratch = torch.empty(min(CHUNK, base.numel()), dtype=torch.float32, device=device)
+    sums = [
+        form_delta(base[start : start + CHUNK], tuned[start : start + CHUNK], scratch[: base.numel() - start])
+        for start in range(0, base.numel(), CHUNK)
+    ]
+    return _outcome(pair, to_host(torch.stack(sums).sum(dim=0) if sums else torch.zeros(3)))
 
 
 def decompose(

@@ -17,7 +17,7 @@ from phlora_pipeline.lowrank.delta import CHUNK, distance_sq, form_delta, scale_
 
 _ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
-LOW_UNIT = 2.0**-9
+LOW_UNIT = 2.0**-8
 """Unit roundoff of bfloat16: half of the distance of 1 to the next number."""
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from phlora_pipeline.lowrank import operator
 from phlora_pipeline.lowrank.delta import form_delta
-from phlora_pipeline.lowrank.operator import LOW_UNIT, Blocked, Dense, gram, product, slice_bytes
+from phlora_pipeline.lowrank.operator import LOW_UNIT, Blocked, Dense, apply, gram, product, slice_bytes
 from tests.lowrank.cases import CPU
 
 SHAPES = [(12, 12), (40, 9), (9, 40), (1, 7), (7, 1), (1, 1), (33, 70)]
@@ -84,6 +86,16 @@ class TestBoth:
         for op in operators:
             assert float(op.residual_sq(0, short, long)) == pytest.approx(wanted, rel=1e-5)
 
+    def test_what_rounding_takes_is_known_from_above(
+        self, both: tuple[Dense, Blocked, Tensor], low: torch.dtype, d: int, k: int
+    ) -> None:
+        *operators, D = both
+        lost = float(torch.dist(D, D.float().to(low).double()))
+        for op in operators:
+            [bound] = op.roundings([float(D.square().sum())])
+            assert lost * (1 - 1e-5) <= bound <= LOW_UNIT * float(D.norm()) * (1 + 1e-5)
+            assert low == torch.bfloat16 or bound == 0
+
     def test_all_of_it(self, both: tuple[Dense, Blocked, Tensor], d: int, k: int) -> None:
         one, other, D = both
         assert one.dense().shape == (1, d, k)
@@ -97,6 +109,22 @@ class TestDense:
         op = Dense(delta, torch.bfloat16, rounded=torch.zeros(1, 6, 8, dtype=torch.bfloat16))
         assert not op.to_long(normal(1, 2, 6)).any()
         assert op.to_long(normal(1, 2, 6), precise=True).any()
+
+    @pytest.mark.parametrize(("d", "k"), [(6, 8), (8, 6)])
+    def test_a_transpose_with_its_own_memory_is_the_same(self, d: int, k: int) -> None:
+        delta, panels = normal(2, d, k), (normal(2, 3, 6, seed=1), normal(2, 3, 8, seed=2))
+        plain = Dense(delta, torch.bfloat16)
+        spare = torch.full((2, k, d), math.nan, dtype=torch.bfloat16)
+        given = Dense(delta, torch.bfloat16, delta.bfloat16(), spare)
+        torch.testing.assert_close(given.to_long(panels[0]), plain.to_long(panels[0]))
+        torch.testing.assert_close(given.to_short(panels[1]), plain.to_short(panels[1]))
+        assert torch.equal(spare, delta.bfloat16().mT)
+
+    def test_each_of_a_batch_has_its_own_roundings(self) -> None:
+        delta = torch.cat([normal(1, 6, 8), torch.ones(1, 6, 8), 100 * normal(1, 6, 8, seed=1)])
+        found = Dense(delta, torch.bfloat16).roundings([1.0, 1.0, 1.0])
+        assert found == pytest.approx([float(torch.dist(each, each.bfloat16().float())) for each in delta], rel=1e-5)
+        assert found[1] == 0
 
     def test_it_is_not_rounded_for_routes_that_need_no_low_precision(self) -> None:
         op = Dense(normal(1, 6, 8), torch.bfloat16)
@@ -174,6 +202,17 @@ def test_a_product_of_one_is_that_of_a_batch() -> None:
         torch.testing.assert_close(
             product(left[index : index + 1], right[index : index + 1])[0], product(left, right)[index]
         )
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("b", [1, 3])
+def test_a_panel_is_applied_as_by_a_linear_layer(b: int, turned: bool, dtype: torch.dtype) -> None:
+    weight = normal(b, 7, 5).to(dtype).mT if turned else normal(b, 5, 7).to(dtype)
+    panel = normal(b, 4, 7, seed=1).to(dtype)
+    found, wanted = apply(panel, weight), panel.double() @ weight.double().mT
+    assert (found.dtype, found.shape) == (dtype, (b, 4, 5))
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5 if dtype == torch.float32 else 5e-2)
 
 
 def test_gram_of_a_panel_is_summed_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
