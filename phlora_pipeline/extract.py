@@ -70,6 +70,8 @@ class Worker:
         torch.set_num_threads(threads)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="phlora-prefetch")
         self._workspaces: list[lowrank.Workspace] = []
+        on_gpu = self.device.type == "cuda"
+        self._copies = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._ahead: tuple[str, Future[list[Tensor]]] | None = None
 
     def run(self, task: Task, prefetch: Task | None = None) -> TaskReport:
@@ -101,11 +103,21 @@ class Worker:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == task.part_url:
             return ahead[1].result()
-        return _read(task)
+        return self._read(task)
 
     def _start_reading(self, task: Task | None) -> None:
         if task is not None and task.block.nbytes <= PREFETCH_BYTES:
-            self._ahead = (task.part_url, self._reader.submit(_read, task))
+            self._ahead = (task.part_url, self._reader.submit(self._read, task))
+
+    def _read(self, task: Task) -> list[Tensor]:
+        """A task's tensors: in the processor's memory, or on a GPU already, where they fit beside what is computed there."""
+        stored = _read(task)
+        if self._copies is None:
+            return stored
+        try:
+            return _on_device(stored, self.device, self._copies)
+        except torch.OutOfMemoryError:
+            return stored  # they go there one by one, when their turn comes
 
     def _streamed(self, pair: TensorPair) -> TensorResult:
         """Norms of a pair that is not held as a whole: one piece is measured while the next one is read."""
@@ -197,6 +209,18 @@ def checked_device(device: str) -> torch.device:
     if wanted.type not in {"cpu", "cuda"}:
         raise DeviceError(f"device {device} is not supported", remedy="use cpu, cuda or cuda:N")
     return wanted
+
+
+def _on_device(stored: list[Tensor], device: torch.device, copies: torch.cuda.Stream) -> list[Tensor]:
+    """Copied from pinned memory on a stream of their own, while the device computes on another."""
+    with torch.cuda.stream(copies):
+        moved = [tensor.pin_memory().to(device, non_blocking=True) for tensor in stored]
+    copies.synchronize()
+    for tensor in moved:
+        tensor.record_stream(
+            torch.cuda.default_stream(device)
+        )  # their memory is not given out again before it has read them
+    return moved
 
 
 def _read(task: Task) -> list[Tensor]:

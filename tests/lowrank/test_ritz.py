@@ -131,7 +131,7 @@ def test_a_rank_below_the_subspaces_gives_zero_pairs(rank: int, p: int, size: fl
     zero = found.energies[0] == 0
     assert not found.short[0][zero].any()
     assert not found.long[0][zero].any()
-    assert int((~zero).sum()) >= min(rank, p)
+    assert int((~zero).sum()) == min(rank, p)
     assert float(found.energies[0][min(rank, p) :].sum()) <= 1e-10 * size**2
     assert found.short.isfinite().all()
     assert found.long.isfinite().all()
