@@ -245,7 +245,7 @@ def gram(panel: Tensor) -> Tensor:
 
 def slice_bytes(m: int) -> int:
     """Bytes on the device of one slice of `Blocked`, with its temporaries."""
-    return 4 * 4 * max(m, 4 * CHUNK) + math.ceil(8 * CHUNK)
+    return 80 * max(m, CHUNK)
 
 
 def _maybe_low(panel: Tensor, D: Tensor, low: torch.dtype | None) -> Tensor:

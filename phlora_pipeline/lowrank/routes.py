@@ -20,6 +20,9 @@ SOLVERS: tuple[Solver, ...] = ("auto", "krylov", "gram", "exact")
 CHECK_ROWS = 8
 """Random rows that every factorisation is checked with."""
 
+_FIRST, _FURTHER = 0.8, 0.1
+"""Shares of the time of the route behind, up to which `auto` tries a round."""
+
 _FIRST_RANK = 16
 _DOUBLINGS = 4
 
@@ -183,7 +186,8 @@ def planned(
 ) -> tuple[list[Round], Literal["gram", "exact"]]:
     """The rounds of Krylov that are tried, perhaps none, and the route that is taken when they do not do.
 
-    `auto` tries a round where it costs less than the route behind it; `krylov` tries every round that there is.
+    `auto` tries a first round where it costs less than the route behind it, and further ones where they cost next to nothing
+    beside that: what the first does not certify is mostly flat, and then none will. `krylov` tries every round that there is.
     """
     m, n = min(d, k), max(d, k)
     if solver in {"gram", "exact"}:
@@ -191,7 +195,12 @@ def planned(
     last, limit = whole(d, k, rank, profile)
     tried = rounds(m, min(rank, m), profile, growing=growing)
     if solver == "auto":
-        tried = [step for step in tried if krylov_seconds(m, n, step, profile) < 0.8 * limit]
+        shares = [krylov_seconds(m, n, step, profile) / limit for step in tried]
+        tried = [
+            step
+            for step, share in zip(tried, shares, strict=True)
+            if share < (_FIRST if growing or step is tried[0] else _FURTHER)
+        ]
     return tried, last
 
 

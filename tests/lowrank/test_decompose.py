@@ -432,6 +432,19 @@ class TestMeasure:
         assert [one.base_sq, one.tuned_sq, one.delta_sq] == pytest.approx(wanted, rel=1e-6)
         assert (two.delta_sq, two.factors) == (0.0, None)
 
+    def test_threads_are_as_before_whatever_happens(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            measure([pair_of(torch.ones(3, 4))], CPU)
+            assert torch.get_num_threads() == 2
+            monkeypatch.setattr(decomposing, "form_delta", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                measure([pair_of(torch.ones(3, 4))], CPU)
+            assert torch.get_num_threads() == 2
+        finally:
+            torch.set_num_threads(before)
+
 
 class TestWorkspace:
     def test_memory_is_taken_once_for_all_that_fits_in_it(self) -> None:
