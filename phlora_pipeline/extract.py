@@ -90,7 +90,7 @@ class Worker:
         if reused:
             found = tuple(parts.load(task.part_url).results.values())
             return _report(task, found, began, reused=True)
-        if task.block.purpose == "measure" and task.block.nbytes > STREAMED_BYTES:
+        if _is_streamed(task):
             results, factors = [self._streamed(pair) for pair in task.block.pairs], dict[str, tuple[Tensor, Tensor]]()
         else:
             stored = self._take(task)
@@ -106,7 +106,7 @@ class Worker:
         return self._read(task)
 
     def _start_reading(self, task: Task | None) -> None:
-        if task is not None and task.block.nbytes <= PREFETCH_BYTES:
+        if task is not None and task.block.nbytes <= PREFETCH_BYTES and not _is_streamed(task):
             self._ahead = (task.part_url, self._reader.submit(self._read, task))
 
     def _read(self, task: Task) -> list[Tensor]:
@@ -209,6 +209,10 @@ def checked_device(device: str) -> torch.device:
     if wanted.type not in {"cpu", "cuda"}:
         raise DeviceError(f"device {device} is not supported", remedy="use cpu, cuda or cuda:N")
     return wanted
+
+
+def _is_streamed(task: Task) -> bool:
+    return task.block.purpose == "measure" and task.block.nbytes > STREAMED_BYTES
 
 
 def _on_device(stored: list[Tensor], device: torch.device, copies: torch.cuda.Stream) -> list[Tensor]:

@@ -28,7 +28,7 @@ class KrylovBasis:
             names: of the tensors: they seed Ω.
             block: rows per step.
         """
-        self._op, self._block = op, block
+        self._op = op
         omega = gaussian(names, "range", block, op.shape[2], op.device)
         first = straightened(orthonormal(op.to_short(omega)))
         self._Q = [first]  # each (b, block, m)
@@ -57,7 +57,7 @@ class KrylovBasis:
     def pick(self, rows: list[int], op: Operator) -> KrylovBasis:
         """The basis of some matrices of the batch, to be grown further on `op`."""
         picked = object.__new__(KrylovBasis)
-        picked._op, picked._block = op, self._block  # a constructor without a start
+        picked._op = op  # a constructor without a start
         picked._Q = [block[rows] for block in self._Q]
         picked._Z = [block[rows] for block in self._Z]
         return picked
