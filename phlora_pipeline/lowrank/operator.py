@@ -58,7 +58,32 @@ class Operator(Protocol):
         """The operator of some matrices of the batch."""
 
 
-class Dense:
+class _Sliced:
+    """What takes D a slice along its long side at a time."""
+
+    shape: tuple[int, int, int]
+    device: torch.device
+
+    def slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """Columns of D, and D there: (b, m, width) float32."""
+        raise NotImplementedError
+
+    def gram(self, dtype: torch.dtype) -> Tensor:
+        b, m, _ = self.shape
+        total = torch.zeros(b, m, m, dtype=dtype, device=self.device)
+        for _, D in self.slices():
+            part = D.to(dtype)
+            total.baddbmm_(part, part.mT)
+        return total
+
+    def residual_sq(self, row: int, short: Tensor, long: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for columns, D in self.slices():
+            total += sum_of_squares(torch.addmm(D[row], short.mT, long[:, columns], alpha=-1))
+        return total
+
+
+class Dense(_Sliced):
     """ΔW resident in float32, and once more in the low precision, where there is one."""
 
     _Ht: Tensor | None
@@ -105,27 +130,15 @@ class Dense:
                 self._Ht = self._spare
         return self._H, self._Ht
 
-    def gram(self, dtype: torch.dtype) -> Tensor:
-        b, m, n = self.shape
-        total = torch.zeros(b, m, m, dtype=dtype, device=self.device)
-        width = max(1, CHUNK // m)
-        for start in range(0, n, width):
-            part = self._D[..., start : start + width].to(dtype)
-            total.baddbmm_(part, part.mT)
-        return total
-
-    def dense(self) -> Tensor:
-        return self._delta
-
-    def residual_sq(self, row: int, short: Tensor, long: Tensor) -> Tensor:
+    def slices(self) -> Iterator[tuple[slice, Tensor]]:
         _, m, n = self.shape
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
         width = max(1, CHUNK // m)
         for start in range(0, n, width):
             columns = slice(start, start + width)
-            part = torch.addmm(self._D[row][:, columns], short.mT, long[:, columns], alpha=-1)
-            total += sum_of_squares(part)
-        return total
+            yield columns, self._D[..., columns]
+
+    def dense(self) -> Tensor:
+        return self._delta
 
     def roundings(self, norms_sq: Sequence[float]) -> list[float]:
         if not self.low_unit:
@@ -140,7 +153,7 @@ class Dense:
         return Dense(self._delta[rows], self._low, None if self._H is None else self._H[rows])
 
 
-class Blocked:
+class Blocked(_Sliced):
     """One ΔW that is never resident in float32: slices along its long side are formed anew in every product.
 
     It costs more time and next to no memory of the device, for a tensor that does not fit there.
@@ -167,36 +180,22 @@ class Blocked:
 
     def sums(self) -> Tensor:
         """As `form_delta` returns them."""
-        return torch.stack([sums for _, _, sums in self._slices()]).sum(dim=0)
+        return torch.stack([sums for _, _, sums in self._formed()]).sum(dim=0)
 
     def to_short(self, panel: Tensor, *, precise: bool = False) -> Tensor:
         total = torch.zeros(1, panel.shape[1], self.shape[1], device=self.device)
-        for columns, D, _ in self._slices():
+        for columns, D in self.slices():
             total += _maybe_low(panel[..., columns], D.mT, self._low if self.low_unit and not precise else None)
         return total
 
     def to_long(self, panel: Tensor, *, precise: bool = False) -> Tensor:
         low = self._low if self.low_unit and not precise else None
-        return torch.cat([_maybe_low(panel, D, low) for _, D, _ in self._slices()], dim=-1)
-
-    def gram(self, dtype: torch.dtype) -> Tensor:
-        m = self.shape[1]
-        total = torch.zeros(1, m, m, dtype=dtype, device=self.device)
-        for _, D, _ in self._slices():
-            part = D.to(dtype)
-            total.baddbmm_(part, part.mT)
-        return total
+        return torch.cat([_maybe_low(panel, D, low) for _, D in self.slices()], dim=-1)
 
     def dense(self) -> Tensor:
         delta = torch.empty(self._base.shape, dtype=torch.float32, device=self.device)
         form_delta(self._base, self._tuned, delta)
         return scale_(delta, self.exponent).unsqueeze(0)
-
-    def residual_sq(self, row: int, short: Tensor, long: Tensor) -> Tensor:  # there is one matrix
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for columns, D, _ in self._slices():
-            total += sum_of_squares(torch.addmm(D[0], short.mT, long[:, columns], alpha=-1))
-        return total
 
     def roundings(self, norms_sq: Sequence[float]) -> list[float]:
         return [self.low_unit * math.sqrt(norm_sq) for norm_sq in norms_sq]
@@ -204,7 +203,10 @@ class Blocked:
     def pick(self, rows: list[int]) -> Blocked:  # there is one matrix, and it is picked
         return self
 
-    def _slices(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def slices(self) -> Iterator[tuple[slice, Tensor]]:
+        return ((columns, D) for columns, D, _ in self._formed())
+
+    def _formed(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         _, m, n = self.shape
         width = max(1, 4 * CHUNK // m)
         for start in range(0, n, width):

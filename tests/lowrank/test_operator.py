@@ -181,7 +181,7 @@ class TestBlocked:
     @pytest.mark.parametrize(("m", "n"), [(9, 400), (400, 9)])
     def test_no_slice_is_larger_than_it_says(self, m: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(operator, "CHUNK", 100)
-        slices = [part for _, part, _ in Blocked(*stored(m, n), CPU, torch.float32)._slices()]
+        slices = [part for _, part in Blocked(*stored(m, n), CPU, torch.float32).slices()]
         assert len(slices) > 5
         assert sum(part.numel() for part in slices) == m * n
         assert max(3 * part.nbytes for part in slices) <= slice_bytes(min(m, n))
@@ -190,7 +190,7 @@ class TestBlocked:
         monkeypatch.setattr(operator, "CHUNK", 2)
         base, tuned = stored(20, 30)
         op = Blocked(base, tuned, CPU, torch.float32)
-        assert {part.shape[-1] for _, part, _ in op._slices()} == {1}
+        assert {part.shape[-1] for _, part in op.slices()} == {1}
         torch.testing.assert_close(
             op.to_long(normal(1, 2, 20)), dense(base, tuned, torch.float32).to_long(normal(1, 2, 20))
         )
