@@ -11,8 +11,9 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from phlora_pipeline.storage import ByteRange, ObjectInfo
 INDEX = "model.safetensors.index.json"
 _SMALL_FILE = 64 << 20
 _FIRST_READ = 256 << 10
+_ALIGNMENT = 64
 _PICKLE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)$", re.IGNORECASE)
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ +=-]{0,254}")
 
@@ -148,25 +150,40 @@ def open_file(url: str) -> tuple[dict[str, TensorRef], Mapping[str, str]]:
     return {ref.name: ref for ref in _refs(info, header)}, header.metadata
 
 
-def read_tensors(refs: Sequence[TensorRef]) -> list[torch.Tensor]:
+def room_for(refs: Iterable[TensorRef]) -> int:
+    """Bytes of memory that `read_tensors` fills for these."""
+    return sum(_aligned(ref.nbytes) for ref in refs)
+
+
+def read_tensors(refs: Sequence[TensorRef], memory: memoryview | None = None) -> list[torch.Tensor]:
     """The tensors themselves, on the CPU in their stored dtypes, read in parallel.
+
+    Args:
+        refs: which.
+        memory: where to, `room_for(refs)` bytes or more, for as long as the tensors are used; None for memory of their own.
 
     Raises:
         SourceChangedError: a shard is no longer the one whose header was read.
     """
-    buffers = [bytearray(ref.nbytes) for ref in refs]
+    if memory is None:
+        buffers = [memoryview(bytearray(ref.nbytes)) for ref in refs]
+    else:
+        ends = list(accumulate((_aligned(ref.nbytes) for ref in refs), initial=0))
+        buffers = [memory[start : start + ref.nbytes] for start, ref in zip(ends, refs, strict=False)]
     wanted = [
-        ByteRange(ref.url, ref.etag, ref.start, memoryview(buffer))
-        for ref, buffer in zip(refs, buffers, strict=True)
-        if buffer
+        ByteRange(ref.url, ref.etag, ref.start, buffer) for ref, buffer in zip(refs, buffers, strict=True) if ref.nbytes
     ]
     storage.read_ranges(wanted)
     return [_as_tensor(ref, buffer) for ref, buffer in zip(refs, buffers, strict=True)]
 
 
-def _as_tensor(ref: TensorRef, buffer: bytearray) -> torch.Tensor:
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _as_tensor(ref: TensorRef, buffer: memoryview) -> torch.Tensor:
     dtype = TORCH_DTYPES[ref.dtype]
-    if not buffer:
+    if not ref.nbytes:
         return torch.empty(ref.shape, dtype=dtype)
     return torch.frombuffer(buffer, dtype=dtype).reshape(ref.shape)
 

@@ -123,14 +123,14 @@ class _Bar:
 
     def planned(self, plan: Plan) -> None:
         self._total = sum(len(task.block.pairs) for task in plan.tasks)
-        self._weights = {task.block.id: task.cost for task in plan.tasks}
+        self._weights = {task.id: task.cost for task in plan.tasks}
         self._progress.update(self._task, total=sum(self._weights.values()), description=f"0/{self._total} tensors")
 
     def task_done(self, report: TaskReport) -> None:
         self._done += report.tensors
         self._progress.update(
             self._task,
-            advance=self._weights.get(report.block_id, 0.0),
+            advance=self._weights.get(report.task, 0.0),
             description=f"{self._done}/{self._total} tensors",
         )
 

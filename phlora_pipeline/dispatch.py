@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Generic, TypeVar
 
-from phlora_pipeline.plan import Task
+from phlora_pipeline.plan import Member, Task
 
 W = TypeVar("W", bound=Hashable)
 
@@ -25,79 +25,114 @@ ALIKE = 0.9
 """Costs are estimates: nine tenths of the largest counts as equally large. The bound above grows by 1/ALIKE at most."""
 
 
+_Entry = tuple[int, float, str, Task]
+"""A task behind its place in the queue: cohort, cost (negative), id."""
+
+
 @dataclass(slots=True)
 class Dispatcher(Generic[W]):
     """The state of one run's queue.
 
     Attributes:
         workers: how many share it; only the forecasts depend on that.
-        lost: block id → reason, of the tasks that were given up.
+        lost: part URL → reason, of the members of the tasks that were given up.
     """
 
-    tasks: Iterable[Task]
+    tasks: InitVar[Iterable[Task]]
     workers: int = 1
     lost: dict[str, str] = field(default_factory=dict)
-    _waiting: list[Task] = field(init=False)
+    _waiting: list[_Entry] = field(init=False)
     _running: dict[W, Task] = field(init=False, default_factory=dict)
     _told: dict[W, str] = field(init=False, default_factory=dict)
     _attempts: dict[str, int] = field(init=False, default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._waiting = sorted(self.tasks, key=_largest_first)
+    def __post_init__(self, tasks: Iterable[Task]) -> None:
+        self._waiting = sorted(map(_entry, tasks))
 
     @property
     def unfinished(self) -> bool:
         """Whether any task is waiting or running."""
         return bool(self._waiting or self._running)
 
+    @property
+    def waiting(self) -> int:
+        """How many tasks nobody has started."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """How many tasks are under way."""
+        return len(self._running)
+
     def works(self, worker: W) -> bool:
         """Whether the worker has a task."""
         return worker in self._running
+
+    def add(self, tasks: Iterable[Task]) -> None:
+        """More to do."""
+        for task in tasks:
+            bisect.insort(self._waiting, _entry(task))
+
+    def drop(self, unwanted: Callable[[Member], bool]) -> None:
+        """Take members out of what is waiting: nobody wants their parts any more."""
+        kept: list[_Entry] = []
+        for entry in self._waiting:
+            task = entry[-1]
+            members = tuple(member for member in task.members if not unwanted(member))
+            if len(members) == len(task.members):
+                kept.append(entry)
+            elif members:
+                kept.append(_entry(replace(task, members=members)))
+        self._waiting = sorted(kept)
 
     def take(self, worker: W) -> tuple[Task, Task | None] | None:
         """The worker's next task and the forecast of the one after; None where there is nothing left for it."""
         told = self._told.pop(worker, None)
         if not self._waiting:
             return None
-        task = self._waiting.pop(self._choose(told))
-        self._told = {other: block for other, block in self._told.items() if block != task.block.id}
+        *_, task = self._waiting.pop(self._choose(told))
+        self._told = {other: block for other, block in self._told.items() if block != task.id}
         self._running[worker] = task
         forecast = self._forecast()
         if forecast is not None:
-            self._told[worker] = forecast.block.id
+            self._told[worker] = forecast.id
         return task, forecast
 
     def done(self, worker: W) -> Task:
         """The worker has finished its task."""
         return self._running.pop(worker)
 
-    def failed(self, worker: W, reason: str, *, died: bool) -> Task:
-        """The worker's task failed, or killed it; it is repeated once, then given up.
+    def failed(self, worker: W, reason: str, *, died: bool, charged: bool = True) -> Task:
+        """The worker's task failed, or killed it: it is repeated once, then done model by model, then given up.
 
         Args:
             worker: whose.
             reason: in words.
             died: whether the worker is gone, and what it has read ahead with it.
+            charged: whether the task may be at fault; not where its whole node went.
         """
         task = self._running.pop(worker)
         if died:
             self._told.pop(worker, None)
-        attempts = self._attempts[task.block.id] = self._attempts.get(task.block.id, 0) + 1
-        if attempts >= MAX_ATTEMPTS:
-            self.lost[task.block.id] = f"{reason} ({attempts} attempts)"
+        attempts = self._attempts[task.id] = self._attempts.get(task.id, 0) + charged
+        if attempts < MAX_ATTEMPTS:
+            self.add([task])
+        elif len(task.members) > 1:
+            self.add(task.alone())
         else:
-            bisect.insort(self._waiting, task, key=_largest_first)
+            self.lost[task.members[0].part_url] = f"{reason} ({attempts} attempts)"
         return task
 
     def _choose(self, told: str | None) -> int:
         """Index of a largest task: the one that the worker was told, else one that nobody was, else any."""
         others = set(self._told.values())
-        least = ALIKE * self._waiting[0].cost
+        cohort, cost, *_ = self._waiting[0]
         nobodys = None
-        for index, task in enumerate(itertools.takewhile(lambda task: task.cost >= least, self._waiting)):
-            if task.block.id == told:
+        alike = itertools.takewhile(lambda entry: entry[0] == cohort and entry[1] <= ALIKE * cost, self._waiting)
+        for index, (_, _, name, _) in enumerate(alike):
+            if name == told:
                 return index
-            if nobodys is None and task.block.id not in others:
+            if nobodys is None and name not in others:
                 nobodys = index
             if nobodys is not None and told is None:
                 break
@@ -108,8 +143,8 @@ class Dispatcher(Generic[W]):
         idle = max(self.workers - len(self._running), 0)
         others = set(self._told.values())
         ahead = itertools.islice(self._waiting, 2 * idle, None)
-        return next((task for task in ahead if task.block.id not in others), None)
+        return next((task for _, _, name, task in ahead if name not in others), None)
 
 
-def _largest_first(task: Task) -> tuple[float, str]:
-    return -task.cost, task.block.id
+def _entry(task: Task) -> _Entry:
+    return task.cohort, -task.cost, task.id, task

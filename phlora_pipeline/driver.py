@@ -49,7 +49,7 @@ def run_local(tasks: Sequence[Task], resources: Resources, on_report: OnReport) 
     """Do the tasks one after another in this process.
 
     Returns:
-        Block id → reason, for tasks that failed twice.
+        Part URL → reason, for tasks that failed twice.
 
     Raises:
         PhloraError: the sources, the storage or the device, not a task, is at fault.
@@ -75,7 +75,7 @@ def run_ray(tasks: Sequence[Task], resources: Resources, on_report: OnReport) ->
     Joins the cluster of `RAY_ADDRESS`, or the one that this process is in already, or starts one on this machine.
 
     Returns:
-        Block id → reason, for tasks that failed, or killed their worker, twice.
+        Part URL → reason, for tasks that failed, or killed their worker, twice.
 
     Raises:
         PhloraError: as `run_local`.

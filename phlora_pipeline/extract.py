@@ -7,20 +7,23 @@ the current one; that is a hint, and changes no result.
 from __future__ import annotations
 
 import math
+import os
+import socket
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from phlora_pipeline import lowrank, parts, storage
-from phlora_pipeline.checkpoint import read_tensors
-from phlora_pipeline.errors import DeviceError
+from phlora_pipeline.checkpoint import TensorRef
+from phlora_pipeline.errors import DeviceError, NotFoundError, PhloraError, SourceChangedError
 from phlora_pipeline.machine import has_bfloat16_units
 from phlora_pipeline.parts import TensorResult
-from phlora_pipeline.plan import BLOCK_BYTES, Task, TensorPair
+from phlora_pipeline.plan import BLOCK_BYTES, Member, Task, TensorPair
+from phlora_pipeline.reading import Reader
 
 STREAMED_BYTES = 64 << 20
 """A block that is only measured, and is larger than this, is read and measured piece by piece."""
@@ -28,8 +31,36 @@ STREAMED_BYTES = 64 << 20
 PIECE = 8 << 20
 """Entries of such a piece."""
 
-PREFETCH_BYTES = 2 * BLOCK_BYTES
-"""A next task larger than this is not read ahead: memory before speed."""
+PREFETCH_BYTES = BLOCK_BYTES
+"""One side of a block that is larger is not read ahead: memory before speed."""
+
+_OF_A_SOURCE = (SourceChangedError, NotFoundError)
+"""A checkpoint is not what it was when it was planned."""
+
+_NAME = f"{socket.gethostname()}:{os.getpid()}"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockReport:
+    """What became of one member of a task.
+
+    Attributes:
+        model: its id in a zoo.
+        part_url: which.
+        tensors: how many its block holds.
+        failed: names of tensors that failed.
+        reused: whether the part was there already.
+        error: why there is no part: the checkpoint is not what it was when it was planned.
+        routes: solver → how many tensors it was.
+    """
+
+    model: str
+    part_url: str
+    tensors: int
+    failed: tuple[str, ...] = ()
+    reused: bool = False
+    error: PhloraError | None = None
+    routes: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +68,35 @@ class TaskReport:
     """What crosses the engine when a task is done: no tensors, no rows.
 
     Attributes:
-        block_id: which.
-        tensors: how many it held.
-        nbytes: tensor bytes read; 0 where the part was there already.
+        task: its id.
+        blocks: one for each member.
+        nbytes: tensor bytes read.
         seconds: wall time of the call.
-        failed: names of tensors that failed.
-        reused: whether the part was there already.
+        waited: seconds of it that the device waited for bytes.
+        worker: host and process.
     """
 
-    block_id: str
-    tensors: int
+    task: str
+    blocks: tuple[BlockReport, ...]
     nbytes: int
     seconds: float
-    failed: tuple[str, ...]
-    reused: bool
+    waited: float = 0.0
+    worker: str = ""
+
+    @property
+    def tensors(self) -> int:
+        """How many its blocks hold."""
+        return sum(block.tensors for block in self.blocks)
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of tensors that failed."""
+        return tuple(name for block in self.blocks for name in block.failed)
+
+    @property
+    def reused(self) -> bool:
+        """Whether all parts were there already."""
+        return all(block.reused for block in self.blocks)
 
 
 class Worker:
@@ -68,102 +114,136 @@ class Worker:
         """
         self.device = checked_device(device)
         torch.set_num_threads(threads)
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="phlora-prefetch")
+        self._reader = Reader(self.device, PREFETCH_BYTES)
         self._workspaces: list[lowrank.Workspace] = []
-        on_gpu = self.device.type == "cuda"
-        self._copies = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self._ahead: tuple[str, Future[list[Tensor]]] | None = None
 
     def run(self, task: Task, prefetch: Task | None = None) -> TaskReport:
-        """Do one task; a part that is there already is kept.
+        """Do one task, model after model; a part that is there already is kept.
 
         Args:
             task: what to do.
             prefetch: the task that is likely to come next.
 
         Raises:
-            SourceChangedError: a checkpoint was replaced since it was planned.
-            CredentialsError, StorageError: as storage says. No part is written.
+            CredentialsError, StorageError: as storage says. A checkpoint that is no longer what it was is an error of that
+                model's alone, in the report.
         """
-        began = time.monotonic()
-        reused = storage.stat(task.part_url) is not None
-        if reused:
-            found = tuple(parts.load(task.part_url).results.values())
-            return _report(task, found, began, reused=True)
-        if _is_streamed(task):
-            results, factors = [self._streamed(pair) for pair in task.block.pairs], dict[str, tuple[Tensor, Tensor]]()
-        else:
-            stored = self._take(task)
-            self._start_reading(prefetch)
-            results, factors = compute(task, stored, self.device, self._workspaces)
-        parts.store(task.part_url, results, factors)
-        return _report(task, results, began, reused=False)
+        began, done = time.monotonic(), dict[str, BlockReport]()
+        for member in task.members:
+            if storage.stat(member.part_url) is not None:
+                done[member.part_url] = _report(member, list(parts.load(member.part_url).results.values()), reused=True)
+        pending = [member for member in task.members if member.part_url not in done]
+        waited, nbytes = self._reader.waited, 0
+        if pending and _is_streamed(task):
+            nbytes = self._streamed(pending, done)
+        elif pending:
+            nbytes = self._resident(task, pending, prefetch, done)
+        blocks = tuple(done[member.part_url] for member in task.members)
+        return TaskReport(task.id, blocks, nbytes, time.monotonic() - began, self._reader.waited - waited, _NAME)
 
-    def _take(self, task: Task) -> list[Tensor]:
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == task.part_url:
-            return ahead[1].result()
-        return self._read(task)
+    def _resident(
+        self, task: Task, pending: Sequence[Member], prefetch: Task | None, done: dict[str, BlockReport]
+    ) -> int:
+        """Factors, or norms, of whole blocks. Returns bytes read."""
+        hint = []
+        if prefetch is not None and not _is_streamed(prefetch):
+            hint = [_base(prefetch.members[0]), _tuned(prefetch.members[0])]
+        nbytes = task.base_bytes
+        for number, base, tuned in self._sides(_base(pending[0]), [_tuned(member) for member in pending], hint):
+            member = pending[number]
+            if isinstance(tuned, PhloraError):
+                done[member.part_url] = _gone(member, tuned)
+                continue
+            nbytes += member.tuned_bytes
+            results, factors = compute(member, task.profile, base, tuned, self.device, self._workspaces)
+            parts.store(member.part_url, results, factors)
+            done[member.part_url] = _report(member, results)
+        return nbytes
 
-    def _start_reading(self, task: Task | None) -> None:
-        if task is not None and task.block.nbytes <= PREFETCH_BYTES and not _is_streamed(task):
-            self._ahead = (task.part_url, self._reader.submit(self._read, task))
+    def _streamed(self, pending: Sequence[Member], done: dict[str, BlockReport]) -> int:
+        """Norms of tensors that are not held as a whole, piece after piece. Returns bytes read."""
+        left, nbytes = list(pending), 0
+        results: dict[str, list[TensorResult]] = {member.part_url: [] for member in pending}
+        for row, pair in enumerate(pending[0].block.pairs):
+            found: dict[str, list[lowrank.Outcome]] = {member.part_url: [] for member in left}
+            starts = range(0, pair.numel, PIECE)
+            for start in starts:
+                base = [pair.base.entries(start, start + PIECE)]
+                hint = [[pair.base.entries(start + PIECE, start + 2 * PIECE)]] if start != starts[-1] else []
+                pieces = [[member.block.pairs[row].tuned.entries(start, start + PIECE)] for member in left]
+                nbytes += base[0].nbytes
+                for number, before, after in self._sides(base, pieces, hint):
+                    member = left[number]
+                    if isinstance(after, PhloraError):
+                        done[member.part_url] = _gone(member, after)
+                        continue
+                    nbytes += pieces[number][0].nbytes
+                    found[member.part_url] += lowrank.measure([(before[0], after[0])], self.device)
+                left = [member for member in left if member.part_url not in done]
+                if not left:
+                    return nbytes
+            for member in left:
+                outcome = _joined(found[member.part_url], pair.shape)
+                results[member.part_url].append(_result(member.block.pairs[row], outcome))
+        for member in left:
+            parts.store(member.part_url, results[member.part_url], {})
+            done[member.part_url] = _report(member, results[member.part_url])
+        return nbytes
 
-    def _read(self, task: Task) -> list[Tensor]:
-        """A task's tensors: in the processor's memory, or on a GPU already, where they fit beside what is computed there."""
-        stored = _read(task)
-        if self._copies is None:
-            return stored
+    def _sides(
+        self, base: list[TensorRef], tuned: Sequence[list[TensorRef]], hint: Sequence[list[TensorRef]]
+    ) -> Iterator[tuple[int, list[Tensor], list[Tensor] | PhloraError]]:
+        """The base's tensors, read once, beside those of one model after another, each read while the last one is computed.
+
+        A checkpoint that was replaced or removed comes as an error: one model's own, or of all that are left.
+        """
+        number = 0
         try:
-            return _on_device(stored, self.device, self._copies)
-        except torch.OutOfMemoryError:
-            return stored  # they go there one by one, when their turn comes
-
-    def _streamed(self, pair: TensorPair) -> TensorResult:
-        """Norms of a pair that is not held as a whole: one piece is measured while the next one is read."""
-        pieces = [
-            (pair.base.entries(start, start + PIECE), pair.tuned.entries(start, start + PIECE))
-            for start in range(0, pair.numel, PIECE)
-        ]
-        found, ahead = [], self._reader.submit(read_tensors, pieces[0])
-        for following in [*pieces[1:], None]:
-            base, tuned = ahead.result()
-            if following:
-                ahead = self._reader.submit(read_tensors, following)
-            found += lowrank.measure([(base, tuned)], self.device)
-        return _result(pair, _joined(found, pair.shape))
+            with self._reader.taken(base, tuned[:1]) as before:
+                for number, refs in enumerate(tuned):
+                    try:
+                        with self._reader.taken(refs, tuned[number + 1 : number + 2] or hint) as after:
+                            yield number, before, after
+                    except _OF_A_SOURCE as error:
+                        yield number, before, error
+        except _OF_A_SOURCE as error:
+            for left in range(number, len(tuned)):
+                yield left, [], error
 
 
 def compute(
-    task: Task, stored: list[Tensor], device: torch.device, workspaces: list[lowrank.Workspace] | None = None
+    member: Member,
+    profile: lowrank.Profile,
+    base: Sequence[Tensor],
+    tuned: Sequence[Tensor],
+    device: torch.device,
+    workspaces: list[lowrank.Workspace] | None = None,
 ) -> tuple[list[TensorResult], dict[str, tuple[Tensor, Tensor]]]:
     """The pure middle of a task: tensors in, results and factors out.
 
     Args:
-        task: its block says what the tensors are.
-        stored: base and fine-tuned tensor of each pair in turn, in their stored dtypes. Emptied on the way: a pair's
-            bytes are given back as soon as it is done.
+        member: its block says what the tensors are.
+        profile: as planned; a built-in one gives way to that of the device at hand.
+        base, tuned: the two tensors of each pair, in their stored dtypes.
         device: where ΔW is formed and factorised.
         workspaces: buffers that an earlier call has left.
 
     Returns:
         One result per pair, in the block's order, and the CPU factors of those that were factorised.
     """
-    sides = list(zip(stored[::2], stored[1::2], strict=True))
-    stored.clear()
-    if task.block.purpose == "measure":
+    pairs, sides = member.block.pairs, list(zip(base, tuned, strict=True))
+    if member.block.purpose == "measure":
         outcomes = lowrank.measure(sides, device)
     else:
-        names = [pair.name for pair in task.block.pairs]
-        profile = task.profile if task.profile.name not in lowrank.PROFILES else profile_of(device)
-        outcomes = lowrank.decompose(sides, names, task.settings, profile, device, workspaces)
-    results = [_result(*found) for found in zip(task.block.pairs, outcomes, strict=True)]
+        profile = profile if profile.name not in lowrank.PROFILES else profile_of(device)
+        names = [pair.name for pair in pairs]
+        outcomes = lowrank.decompose(sides, names, member.settings, profile, device, workspaces)
     factors = {
         pair.name: (found.factors.A.cpu(), found.factors.B.cpu())
-        for pair, found in zip(task.block.pairs, outcomes, strict=True)
+        for pair, found in zip(pairs, outcomes, strict=True)
         if found.factors
     }
-    return results, factors
+    return [_result(*found) for found in zip(pairs, outcomes, strict=True)], factors
 
 
 def _joined(found: Sequence[lowrank.Outcome], shape: tuple[int, ...]) -> lowrank.Outcome:
@@ -215,20 +295,12 @@ def _is_streamed(task: Task) -> bool:
     return task.block.purpose == "measure" and task.block.nbytes > STREAMED_BYTES
 
 
-def _on_device(stored: list[Tensor], device: torch.device, copies: torch.cuda.Stream) -> list[Tensor]:
-    """Copied from pinned memory on a stream of their own, while the device computes on another."""
-    with torch.cuda.stream(copies):
-        moved = [tensor.pin_memory().to(device, non_blocking=True) for tensor in stored]
-    copies.synchronize()
-    for tensor in moved:
-        tensor.record_stream(
-            torch.cuda.default_stream(device)
-        )  # their memory is not given out again before it has read them
-    return moved
+def _base(member: Member) -> list[TensorRef]:
+    return [pair.base for pair in member.block.pairs]
 
 
-def _read(task: Task) -> list[Tensor]:
-    return read_tensors([ref for pair in task.block.pairs for ref in (pair.base, pair.tuned)])
+def _tuned(member: Member) -> list[TensorRef]:
+    return [pair.tuned for pair in member.block.pairs]
 
 
 def _result(pair: TensorPair, found: lowrank.Outcome) -> TensorResult:
@@ -261,7 +333,16 @@ def _nonfinite(found: lowrank.Outcome, pair: TensorPair) -> str:
     return f"{count} of {pair.numel} entries of the {where} are NaN or infinite, the first at index {list(index)}"
 
 
-def _report(task: Task, results: Sequence[TensorResult], began: float, *, reused: bool) -> TaskReport:
-    failed = tuple(result.name for result in results if result.status == "failed")
-    nbytes = 0 if reused else task.block.nbytes
-    return TaskReport(task.block.id, len(task.block.pairs), nbytes, time.monotonic() - began, failed, reused)
+def _report(member: Member, results: Sequence[TensorResult], *, reused: bool = False) -> BlockReport:
+    return BlockReport(
+        member.model,
+        member.part_url,
+        len(member.block.pairs),
+        tuple(result.name for result in results if result.status == "failed"),
+        reused,
+        routes=tuple(sorted(Counter(result.solver for result in results if result.solver).items())),
+    )
+
+
+def _gone(member: Member, error: PhloraError) -> BlockReport:
+    return BlockReport(member.model, member.part_url, len(member.block.pairs), error=error)

@@ -158,6 +158,9 @@ def _extract(
     def on_report(report: TaskReport) -> None:
         run.reports.append(report)
         observer.task_done(report)
+        for block in report.blocks:
+            if block.error is not None:
+                raise block.error
 
     engine = driver.engine(config.engine, config.device, len(plan.tasks))
     lost = engine(plan.tasks, resources, on_report)

@@ -76,7 +76,7 @@ def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint,
 
     Args:
         plan: whose parts.
-        lost: block id → reason, for tasks that could not be done; they have no part.
+        lost: part URL → reason, for blocks that could not be done; they have no part.
         dtype: of the adapter, or `auto`.
         base, tuned: the checkpoints' headers.
 
@@ -85,13 +85,11 @@ def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint,
     """
     results: dict[str, TensorResult] = {}
     sources: dict[str, Part] = {}
-    for task in plan.tasks:
-        if task.block.id in lost:
-            results |= {
-                pair.name: TensorResult(pair.name, "failed", reason=lost[task.block.id]) for pair in task.block.pairs
-            }
+    for member in (member for task in plan.tasks for member in task.members):
+        if (reason := lost.get(member.part_url)) is not None:
+            results |= {pair.name: TensorResult(pair.name, "failed", reason=reason) for pair in member.block.pairs}
             continue
-        part = parts.load(task.part_url)
+        part = parts.load(member.part_url)
         results |= part.results
         sources |= {name: part for name, result in part.results.items() if result.status == "factored"}
     if plan.energy is not None:

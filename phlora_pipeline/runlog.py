@@ -43,7 +43,7 @@ class Run:
     def end(self, result: Mapping[str, Any]) -> None:
         """Write one line per task, and how the run ended."""
         seconds = (dt.datetime.now(dt.UTC) - self.began).total_seconds()
-        lines = [json.dumps({"event": "task", **_as_json(report)}) for report in self.reports]
+        lines = [json.dumps({"event": "task", **as_json(report)}) for report in self.reports]
         storage.put_new(storage.join(self.url, "events.jsonl"), "".join(f"{line}\n" for line in lines).encode())
         self._put("result.json", {**result, "seconds": round(seconds, 3), "tasks": len(self.reports)})
 
@@ -51,12 +51,16 @@ class Run:
         storage.put_new(storage.join(self.url, name), (json.dumps(document, indent=2) + "\n").encode())
 
 
-def _as_json(report: TaskReport) -> dict[str, Any]:
+def as_json(report: TaskReport) -> dict[str, Any]:
+    """A task's line of `events.jsonl`."""
     return {
-        "block": report.block_id,
+        "task": report.task,
+        "models": [block.model for block in report.blocks if block.model],
         "tensors": report.tensors,
         "bytes": report.nbytes,
         "seconds": round(report.seconds, 4),
+        "waited": round(report.waited, 4),
+        "worker": report.worker,
         "failed": list(report.failed),
         "reused": report.reused,
     }

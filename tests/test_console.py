@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from phlora_pipeline import console
-from phlora_pipeline.extract import TaskReport
+from phlora_pipeline.extract import BlockReport, TaskReport
 from tests.test_plan import llama, planned
 
 
@@ -15,9 +15,9 @@ def drive(reporter: console.Reporter) -> None:
         reporter.planned(plan)
         reporter.warn("look out")
         for task in plan.tasks:
-            reporter.task_done(
-                TaskReport(task.block.id, len(task.block.pairs), task.block.nbytes, 0.1, (), reused=False)
-            )
+            [member] = task.members
+            block = BlockReport("", member.part_url, len(member.block.pairs))
+            reporter.task_done(TaskReport(task.id, (block,), task.nbytes, 0.1))
 
 
 def test_lines_tell_the_plan_each_interval_and_the_end(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from phlora_pipeline import checkpoint, cli, extract, lowrank, manifest, parts, reducer, storage
+from phlora_pipeline import checkpoint, cli, lowrank, manifest, parts, reading, reducer, storage
 from phlora_pipeline.errors import ConflictError, ModelFailedError, RequestError
 from phlora_pipeline.extract import TaskReport
 from phlora_pipeline.verify import verify
@@ -355,13 +356,11 @@ class TestInterruption:
         with pytest.raises(KeyboardInterrupt):
             runs.extract(*pair, out, observer=watcher)
         assert set(runs.contents(out)) == {
-            f"_parts/{watcher.plan.extraction_id}/{report.block_id}.safetensors" for report in watcher.reports
+            os.path.relpath(block.part_url, out) for report in watcher.reports for block in report.blocks
         }
         again = runs.Watcher()
         result = runs.extract(*pair, out, observer=again)
-        assert [report.block_id for report in again.reports if report.reused] == [
-            report.block_id for report in watcher.reports
-        ]
+        assert [report.task for report in again.reports if report.reused] == [report.task for report in watcher.reports]
         runs.extract(*pair, tmp_path / "undisturbed")
         assert runs.contents(out) == runs.contents(tmp_path / "undisturbed")
         assert result.read_bytes == sum(report.nbytes for report in again.reports if not report.reused)
@@ -420,7 +419,7 @@ class TestInterruption:
         out = tmp_path / "out"
         first = runs.extract(*pair, out)
         before = runs.contents(out)
-        for module in (extract, parts, checkpoint):
+        for module in (reading, parts, checkpoint):
             monkeypatch.setattr(module, "read_tensors", lambda refs: pytest.fail(f"read {refs}"))
         second = runs.extract(*pair, out)
         assert (first.outcome, second.outcome) == ("committed", "exists")

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,8 @@ class FakeTask:
     """What the queue needs of a task."""
 
     def __init__(self, number: int, cost: float) -> None:
-        self.block = self
+        self.members = (SimpleNamespace(part_url=f"{number:03d}"),)
+        self.cohort = 0
         self.id = f"{number:03d}"
         self.cost = cost
 
@@ -58,8 +60,8 @@ class Bench:
     @property
     def waiting(self) -> list[Task]:
         """Tasks that nobody has, and that are neither done nor given up."""
-        gone = {*self.finished, *self.queue.lost, *(task.block.id for task in self.running.values())}
-        return [task for task in self.tasks if task.block.id not in gone]
+        gone = {*self.finished, *self.queue.lost, *(task.id for task in self.running.values())}
+        return [task for task in self.tasks if task.id not in gone]
 
     def take(self, worker: int) -> None:
         waiting = self.waiting
@@ -79,10 +81,10 @@ class Bench:
         assert self.queue.works(worker)
         if how == "done":
             assert self.queue.done(worker) is task
-            self.finished.append(task.block.id)
+            self.finished.append(task.id)
         else:
             assert self.queue.failed(worker, how, died=how == "died") is task
-            self.charged.append(task.block.id)
+            self.charged.append(task.id)
         assert not self.queue.works(worker)
 
 
@@ -110,7 +112,7 @@ def test_every_task_is_done_once_or_lost_after_two_charges(
                 bench.end(worker, "done")
             bench.take(worker)
     lost = set(bench.queue.lost)
-    assert sorted([*bench.finished, *lost]) == sorted(task.block.id for task in bench.tasks)
+    assert sorted([*bench.finished, *lost]) == sorted(task.id for task in bench.tasks)
     assert lost == {block for block in bench.charged if bench.charged.count(block) == dispatch.MAX_ATTEMPTS}
     assert all(bench.charged.count(block) < dispatch.MAX_ATTEMPTS for block in bench.finished)
     assert all("2 attempts" in reason for reason in bench.queue.lost.values())
@@ -311,9 +313,9 @@ class Account(Dispatcher[int]):
 
     charges: list[tuple[str, str, bool]]
 
-    def failed(self, worker: int, reason: str, *, died: bool) -> Task:
-        task = super().failed(worker, reason, died=died)
-        self.charges.append((task.block.id, reason, died))
+    def failed(self, worker: int, reason: str, *, died: bool, charged: bool = True) -> Task:
+        task = super().failed(worker, reason, died=died, charged=charged)
+        self.charges.append((task.id, reason, died))
         return task
 
 
@@ -391,7 +393,7 @@ class TestRay:
         assert all(died and reason.startswith("its worker died: ") for _, reason, died in charges)
         assert shot
         assert {int(path.name) for path in pids.iterdir()} > set(shot)
-        assert sorted(report.block_id for report in watcher.reports) == sorted(task.block.id for task in watcher.plan.tasks)  # fmt: skip
+        assert sorted(report.task for report in watcher.reports) == sorted(task.id for task in watcher.plan.tasks)  # fmt: skip
         runs.extract(*pair, tmp_path / "calm")
         assert runs.contents(tmp_path / "shot") == runs.contents(tmp_path / "calm")
 

@@ -34,7 +34,7 @@ NORM = "model.layers.1.input_layernorm.weight"
 def test_a_part_holds_the_best_factors_of_every_tensor(pair: tuple[Path, Path], tmp_path: Path) -> None:
     task = task_of(planned(*pair, tmp_path), Q)
     report = Worker("cpu", 1).run(task)
-    part = parts.load(task.part_url)
+    part = parts.load(task.members[0].part_url)
     assert set(part.results) == {pair.name for pair in task.block.pairs}
     assert (report.tensors, report.nbytes, report.failed, report.reused) == (
         len(task.block.pairs),
@@ -57,7 +57,7 @@ def test_a_part_holds_the_best_factors_of_every_tensor(pair: tuple[Path, Path], 
 def test_a_tensor_that_is_only_measured_has_norms_and_no_factors(pair: tuple[Path, Path], tmp_path: Path) -> None:
     task = task_of(planned(*pair, tmp_path), NORM)
     Worker("cpu", 1).run(task)
-    part = parts.load(task.part_url)
+    part = parts.load(task.members[0].part_url)
     assert part.results[NORM].status == "measured"
     assert part.results[NORM].delta_sq > 0
     assert not part.factors
@@ -69,7 +69,7 @@ def test_an_unchanged_tensor_among_changed_ones(tmp_path: Path) -> None:
     tuned[Q] = base[Q].clone()
     task = task_of(planned(toys.save(tmp_path / "b", base), toys.save(tmp_path / "t", tuned), tmp_path), Q)
     Worker("cpu", 1).run(task)
-    part = parts.load(task.part_url)
+    part = parts.load(task.members[0].part_url)
     assert part.results[Q].status == "unchanged"
     assert f"A:{Q}" not in part.factors
     others = [result.status for name, result in part.results.items() if name != Q]
@@ -87,7 +87,7 @@ def test_a_bad_value_fails_its_tensor_alone_and_is_located(tmp_path: Path, side:
     task = task_of(planned(toys.save(tmp_path / "b", base), toys.save(tmp_path / "t", tuned), tmp_path), Q)
     report = Worker("cpu", 1).run(task)
     assert report.failed == (Q,)
-    results = parts.load(task.part_url).results
+    results = parts.load(task.members[0].part_url).results
     assert results[Q].reason == f"2 of 1024 entries of the {side} are NaN or infinite, the first at index [3, 5]"
     assert all(result.status == "factored" for name, result in results.items() if name != Q)
 
@@ -96,16 +96,16 @@ def test_a_difference_that_overflows_is_said(tmp_path: Path) -> None:
     base, tuned = {"a.q_proj.weight": torch.full((2, 2), -3e38)}, {"a.q_proj.weight": torch.full((2, 2), 3e38)}
     plan = planned(toys.save(tmp_path / "b", base), toys.save(tmp_path / "t", tuned), tmp_path)
     Worker("cpu", 1).run(plan.tasks[0])
-    assert "difference" in parts.load(plan.tasks[0].part_url).results["a.q_proj.weight"].reason
+    assert "difference" in parts.load(plan.tasks[0].members[0].part_url).results["a.q_proj.weight"].reason
 
 
 def test_a_part_that_is_there_is_kept(pair: tuple[Path, Path], tmp_path: Path) -> None:
     task = planned(*pair, tmp_path).tasks[0]
     Worker("cpu", 1).run(task)
-    before = os.stat(task.part_url)
+    before = os.stat(task.members[0].part_url)
     report = Worker("cpu", 1).run(task)
     assert (report.reused, report.nbytes) == (True, 0)
-    assert os.stat(task.part_url).st_mtime_ns == before.st_mtime_ns
+    assert os.stat(task.members[0].part_url).st_mtime_ns == before.st_mtime_ns
 
 
 def test_a_hint_changes_no_byte_whether_it_comes_true_or_not(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -117,37 +117,11 @@ def test_a_hint_changes_no_byte_whether_it_comes_true_or_not(pair: tuple[Path, P
     for task, hint in zip(hinted.tasks, hints, strict=True):
         worker.run(task, hint)
     for one, other in zip(plain.tasks, hinted.tasks, strict=True):
-        assert Path(one.part_url).read_bytes() == Path(other.part_url).read_bytes()
+        assert Path(one.members[0].part_url).read_bytes() == Path(other.members[0].part_url).read_bytes()
 
 
-def test_the_next_task_is_read_while_this_one_computes(
-    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = planned(*pair, tmp_path)
-    read: list[str] = []
-    original = extract._read
-    monkeypatch.setattr(extract, "_read", lambda task: read.append(task.block.id) or original(task))
-    worker = Worker("cpu", 1)
-    first, second = plan.tasks[:2]
-    worker.run(first, second)
-    worker.run(second)
-    assert read == [first.block.id, second.block.id]
-    assert worker._ahead is None
-
-
-def test_a_task_that_is_too_large_is_not_read_ahead(
-    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(extract, "PREFETCH_BYTES", 10)
-    plan = planned(*pair, tmp_path)
-    worker = Worker("cpu", 1)
-    worker.run(plan.tasks[0], plan.tasks[1])
-    assert worker._ahead is None
-
-
-@pytest.mark.parametrize("ahead", [False, True])
 def test_a_source_replaced_since_planning_is_an_error_and_leaves_no_part(
-    pair: tuple[Path, Path], tmp_path: Path, ahead: bool
+    pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     plan = planned(*pair, tmp_path)
     worker = Worker("cpu", 1)
@@ -155,19 +129,9 @@ def test_a_source_replaced_since_planning_is_an_error_and_leaves_no_part(
     data = file.read_bytes()
     file.unlink()
     file.write_bytes(data)  # even the same bytes: nobody can know that without reading all of them
-    if ahead:
-        worker._start_reading(plan.tasks[0])
     with pytest.raises(SourceChangedError, match="no longer what was planned"):
         worker.run(plan.tasks[0])
-    assert not Path(plan.tasks[0].part_url).exists()
-
-
-def test_stored_bytes_are_given_back_on_the_way(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    for name in (Q, NORM):
-        task = task_of(planned(*pair, tmp_path), name)
-        stored = extract._read(task)
-        extract.compute(task, stored, torch.device("cpu"))
-        assert stored == []
+    assert not Path(plan.tasks[0].members[0].part_url).exists()
 
 
 @pytest.mark.parametrize("solver", lowrank.SOLVERS)
@@ -183,7 +147,7 @@ def test_a_part_tells_the_route_its_certificate_and_what_did_not_do(solver: lowr
     plan = make_plan(*(open_checkpoint(str(folder)) for folder in folders), settings)
     task = task_of(plan, Q)
     Worker("cpu", 1).run(task)
-    results = parts.load(task.part_url).results
+    results = parts.load(task.members[0].part_url).results
     steep, level = results[Q], results[Q.replace("q_proj", "k_proj")]
     assert 0 < steep.certificate <= 1e-4
     assert 0 < level.certificate <= 1e-4

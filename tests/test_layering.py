@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "phlora_pipeline"
 
 LAYERS = [
     {"errors", "lowrank", "safetensors_format", "storage", "checkpoint", "config", "machine"},
-    {"targets", "plan", "dispatch", "parts", "adapter", "manifest", "summary", "card"},
+    {"reading", "targets", "plan", "dispatch", "parts", "adapter", "manifest", "summary", "card"},
     {"extract", "driver", "reducer", "runlog", "verify", "convert", "calibrate"},
     {"pipeline"},
     {"cli", "console", "render", "__main__"},

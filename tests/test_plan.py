@@ -10,10 +10,9 @@ from typing import Any, ClassVar
 import pytest
 
 from phlora_pipeline import lowrank
-from phlora_pipeline import plan as planning
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef
 from phlora_pipeline.errors import RequestError
-from phlora_pipeline.plan import Plan, PlanSettings, make_plan, require_fits
+from phlora_pipeline.plan import Plan, PlanSettings, blocks, make_plan, require_fits
 from phlora_pipeline.safetensors_format import tensor_bytes
 from phlora_pipeline.targets import Selection
 from tests.toys import LLAMA
@@ -104,7 +103,7 @@ def test_a_committed_profile_is_no_part_of_an_identity() -> None:
 def test_where_things_lie_is_no_part_of_an_identity() -> None:
     before, after = planned(llama()), planned(llama(), replace(SETTINGS, parts_url="s3://elsewhere/_parts"))
     assert (before.version, before.extraction_id) == (after.version, after.extraction_id)
-    assert before.tasks[0].part_url != after.tasks[0].part_url
+    assert before.tasks[0].members[0].part_url != after.tasks[0].members[0].part_url
 
 
 def test_largest_tasks_come_first_and_hold_one_shape_each() -> None:
@@ -116,10 +115,10 @@ def test_largest_tasks_come_first_and_hold_one_shape_each() -> None:
 
 
 def test_blocks_are_capped_and_a_larger_tensor_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "BLOCK_BYTES", 3 * 4 * 64 * 64)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 3 * 4 * 64 * 64)
     made = planned(llama())
     for task in made.tasks:
-        assert task.block.delta_bytes <= planning.BLOCK_BYTES or len(task.block.pairs) == 1
+        assert task.block.delta_bytes <= blocks.BLOCK_BYTES or len(task.block.pairs) == 1
     square = [task for task in made.tasks if task.block.shape == (64, 64)]
     assert sorted(len(task.block.pairs) for task in square) == [2, 3, 3]
 

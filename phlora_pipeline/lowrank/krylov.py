@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from phlora_pipeline.lowrank.delta import to_host
 from phlora_pipeline.lowrank.operator import Operator, product
 from phlora_pipeline.lowrank.panels import against, gaussian, orthonormal, straightened
 
@@ -48,6 +49,12 @@ class KrylovBasis:
             self._Q.append(new)
             self._Z.append(self._op.to_long(new))
 
+    def largest(self) -> list[float]:
+        """About σ_1² of each matrix: what the basis, in low precision, has of it."""
+        Z = torch.cat(self._Z, dim=1)
+        found: list[float] = to_host(torch.linalg.eigvalsh(product(Z, Z.mT).double())[:, -1])
+        return found
+
     def leading(self, p: int) -> Tensor:
         """The p leading Ritz directions, as far as the low precision tells: (b, p, m), nearly orthonormal rows."""
         Q, Z = torch.cat(self._Q, dim=1), torch.cat(self._Z, dim=1)
@@ -56,6 +63,8 @@ class KrylovBasis:
 
     def pick(self, rows: list[int], op: Operator) -> KrylovBasis:
         """The basis of some matrices of the batch, to be grown further on `op`."""
+        if rows == list(range(len(self._Q[0]))):
+            return self
         picked = object.__new__(KrylovBasis)
         picked._op = op  # a constructor without a start
         picked._Q = [block[rows] for block in self._Q]

@@ -23,6 +23,10 @@ from phlora_pipeline.lowrank.panels import gaussian
 from phlora_pipeline.lowrank.ritz import Triplets, refine
 from phlora_pipeline.lowrank.routes import CHECK_ROWS, Profile, Round, Solver, planned
 
+_FLAT = 6.0
+"""No σ² is above so many times their mean: the matrix looks like noise (4 in a square one) or has equal σ, and no basis that is
+smaller than the matrix will be certified."""
+
 _CANCELS = 1e-3
 """A residual below this share of ‖ΔW‖_F² is not taken as a difference of two nearly equal numbers."""
 
@@ -127,17 +131,17 @@ class _Ladder:
         return [index for index in range(len(self._names)) if index not in self._done]
 
     def _krylov(self, rounds: Sequence[Round]) -> None:
-        basis: KrylovBasis | None = None
-        inside: list[int] = []
+        if not rounds:
+            return
+        basis = KrylovBasis(self._op, self._names, rounds[0].block)
+        inside = self._pending
+        flat = self._flat(basis) if self._settings.solver == "auto" else set[int]()
         for step in rounds:
-            pending = self._pending
+            pending = [index for index in self._pending if index not in flat]
             if not pending:
                 return
             op, names = self._op.pick(pending), [self._names[index] for index in pending]
-            if basis is None:
-                basis = KrylovBasis(op, names, step.block)
-            else:
-                basis = basis.pick([inside.index(index) for index in pending], op)
+            basis = basis.pick([inside.index(index) for index in pending], op)
             inside = pending
             basis.grow(step.width)
             U = basis.leading(step.kept)
@@ -147,6 +151,21 @@ class _Ladder:
             tails = tail_bound(op, compression.V, names, guesses, norms_sq, step.degree)
             bounds = optimum_bound(compression, tails, step.rank)
             self._judge(f"krylov {step.width}", _Found(triplets, bounds, seen, step.rank, last_resort=False))
+
+    def _flat(self, basis: KrylovBasis) -> set[int]:
+        """Matrices with no direction that stands out, where the tolerance is too fine for that."""
+        _, m, _ = self._op.shape
+        shares = [largest / norm_sq for largest, norm_sq in zip(basis.largest(), self._norms_sq, strict=True)]
+        found = {
+            index
+            for index, share in enumerate(shares)
+            if share * m < _FLAT and share * self._q > _FLAT * self._settings.tolerance
+        }
+        for index in found:
+            self._notes[index].append(
+                f"krylov: no direction stands out, the first has {shares[index] * m:.1f} of the mean σ²"
+            )
+        return found
 
     def _whole(self, name: str) -> None:
         for attempt, run in self._attempts(name):

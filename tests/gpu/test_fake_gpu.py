@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 from phlora_pipeline import extract, lowrank
 from phlora_pipeline.checkpoint import TORCH_DTYPES, TensorRef
 from phlora_pipeline.lowrank import checks, full, operator
-from phlora_pipeline.plan import Block, Purpose, Task, TensorPair
+from phlora_pipeline.parts import TensorResult
+from phlora_pipeline.plan import Block, Member, Purpose, Task, TensorPair
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 PROFILES = {
@@ -43,13 +44,18 @@ def fake_task(
         TensorPair(f"layers.{number}", "linear", *(ref(number, dtype) for dtype in dtypes)) for number in range(count)
     ]
     settings = lowrank.Settings(max_rank, **wanted)
-    return Task(Block("block", purpose, tuple(pairs)), "/nowhere", settings, PROFILES[profile])
+    return Task((Member("", Block("block", purpose, tuple(pairs)), "/nowhere", settings),), PROFILES[profile])
 
 
 def stored(task: Task) -> list[Tensor]:
     """As `read_tensors` gives them: on the CPU, in their stored dtypes, base and fine-tune in turn."""
     refs = [ref for pair in task.block.pairs for ref in (pair.base, pair.tuned)]
     return [torch.empty(ref.shape, dtype=TORCH_DTYPES[ref.dtype]) for ref in refs]
+
+
+def computed(task: Task, given: list[Tensor]) -> tuple[list[TensorResult], dict[str, tuple[Tensor, Tensor]]]:
+    """The task's only member, on the device that is not there."""
+    return extract.compute(task.members[0], task.profile, given[::2], given[1::2], CUDA)
 
 
 def ones_like(shape: torch.Size) -> Any:
@@ -155,7 +161,7 @@ def failing_drivers(monkeypatch: pytest.MonkeyPatch, count: int) -> list[tuple[s
 
 def assert_factors(task: Task, results: Any, factors: Any) -> None:
     d, k = task.block.shape
-    q = min(task.settings.max_rank, d, k)
+    q = min(task.members[0].settings.max_rank, d, k)
     assert [result.status for result in results] == ["factored"] * len(task.block.pairs)
     assert set(factors) == {pair.name for pair in task.block.pairs}
     for A, B in factors.values():
@@ -176,7 +182,7 @@ def test_the_whole_unit_of_work_stays_on_the_device(
     task = fake_task("factor", shape, dtypes=dtypes, solver=solver, profile=profile)
     given = stored(task)
     with Traffic() as traffic:
-        results, factors = extract.compute(task, given, CUDA)
+        results, factors = computed(task, given)
     assert_factors(task, results, factors)
     (d, k), routes = shape, {result.solver.partition(" ")[0] for result in results}
     assert routes == {solver} if solver != "auto" and min(shape) > 160 else routes <= {"krylov", "gram", "exact"}
@@ -201,7 +207,7 @@ def test_krylov_looks_for_its_subspace_in_the_devices_low_precision(
 
     monkeypatch.setattr(operator, "product", recording)
     task = fake_task("factor", (400, 300), solver="krylov", profile=profile)
-    assert_factors(task, *extract.compute(task, stored(task), CUDA))
+    assert_factors(task, *computed(task, stored(task)))
     assert {device for *_, device in seen} == {CUDA}
     assert {(left, right) for left, right, _ in seen} == {(low, low), (torch.float32, torch.float32)}
     low_ones = [left for left, *_ in seen].count(low)
@@ -215,7 +221,7 @@ def test_the_gram_matrix_is_of_float64_where_the_device_is_good_at_it(
     eigh, seen = torch.linalg.eigh, []
     monkeypatch.setattr(torch.linalg, "eigh", lambda G: seen.append((G.dtype, G.device, tuple(G.shape))) or eigh(G))
     task = fake_task("factor", (400, 300), solver="gram", profile=profile)
-    assert_factors(task, *extract.compute(task, stored(task), CUDA))
+    assert_factors(task, *computed(task, stored(task)))
     assert seen[0] == (dtype, CUDA, (3, 300, 300))
 
 
@@ -226,7 +232,7 @@ def test_drivers_are_tried_in_turn_and_the_processor_last(
 ) -> None:
     calls = failing_drivers(monkeypatch, failures)
     task = fake_task("factor", shape, solver="exact")
-    results, factors = extract.compute(task, stored(task), CUDA)
+    results, factors = computed(task, stored(task))
     assert_factors(task, results, factors)
     assert {result.solver for result in results} == {route}
     assert all(len(result.notes) == failures for result in results)
@@ -236,7 +242,7 @@ def test_drivers_are_tried_in_turn_and_the_processor_last(
 
 def test_a_tolerance_that_is_not_met_widens_the_basis_and_then_takes_all(monkeypatch: pytest.MonkeyPatch) -> None:
     task = fake_task("factor", (400, 500), solver="krylov", tolerance=1e-12)
-    results, factors = extract.compute(task, stored(task), CUDA)
+    results, factors = computed(task, stored(task))
     assert_factors(task, results, factors)
     widths = [note.partition(":")[0] for note in results[0].notes]
     assert len(widths) > 1
@@ -247,7 +253,7 @@ def test_a_tolerance_that_is_not_met_widens_the_basis_and_then_takes_all(monkeyp
 def test_a_threshold_of_energy_stays_there_too() -> None:
     """Each fetched energy is 1 of a norm of 1: one triplet is enough."""
     task = fake_task("factor", (400, 500), solver="krylov", energy=0.9, max_rank=64)
-    results, factors = extract.compute(task, stored(task), CUDA)
+    results, factors = computed(task, stored(task))
     assert [result.status for result in results] == ["factored"] * 3
     assert {tuple(A.shape) for A, _ in factors.values()} == {(1, 500)}
 
@@ -259,7 +265,7 @@ def test_what_goes_to_the_device_goes_as_it_is_stored(solver: Any, dtypes: tuple
     task = fake_task("factor", (400, 300), dtypes=dtypes, solver=solver)
     given = stored(task)
     with Traffic() as traffic:
-        extract.compute(task, given, CUDA)
+        computed(task, given)
     weights = [(one, other) for one, other, shape in traffic.there if torch.Size(shape).numel() >= 400 * 300]
     assert len(weights) == 6
     assert all(one == other for one, other in weights)
@@ -282,7 +288,7 @@ def test_tensors_between_which_one_is_unchanged_are_gathered_on_the_device(
 ) -> None:
     answering(monkeypatch, [[1.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     task = fake_task("factor", (400, 300), dtypes=("F32", "F32"), solver=solver, profile=profile)
-    results, factors = extract.compute(task, stored(task), CUDA)
+    results, factors = computed(task, stored(task))
     assert [result.status for result in results] == ["factored", "unchanged", "factored"]
     assert set(factors) == {"layers.0.weight", "layers.2.weight"}
 
@@ -291,13 +297,13 @@ def test_tensors_between_which_one_is_unchanged_are_gathered_on_the_device(
 def test_tiny_and_huge_norms_are_scaled_on_the_device(solver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     answering(monkeypatch, [[1.0, 1.0, 1e-60], [1.0, 1.0, 1e60], [1.0, 1.0, 1.0]])
     task = fake_task("factor", (400, 300), solver=solver)
-    assert_factors(task, *extract.compute(task, stored(task), CUDA))
+    assert_factors(task, *computed(task, stored(task)))
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (4, 5), (2, 3, 4, 5)])
 def test_measuring_takes_any_shape(shape: tuple[int, ...], fake: list[torch.device]) -> None:
     task = fake_task("measure", shape, dtypes=("BF16", "F32"), count=2)
-    results, factors = extract.compute(task, stored(task), CUDA)
+    results, factors = computed(task, stored(task))
     assert [result.status for result in results] == ["measured"] * 2
     assert factors == {}
     assert set(fake) == {CUDA}
@@ -327,7 +333,7 @@ class TestMemory:
         task = fake_task("factor", (400, 300), solver=solver)
         given = stored(task)
         with Traffic() as traffic:
-            results, factors = extract.compute(task, given, CUDA)
+            results, factors = computed(task, given)
         assert_factors(task, results, factors)
         assert all(result.notes[0] == "out of memory on cuda with 3 at once" for result in results)
         assert not any("processor" in note or "slice" in note for result in results for note in result.notes)
@@ -343,7 +349,7 @@ class TestMemory:
         task = fake_task("factor", shape, solver=solver, count=1)
         given = stored(task)
         with Traffic() as traffic:
-            results, factors = extract.compute(task, given, CUDA)
+            results, factors = computed(task, given)
         assert_factors(task, results, factors)
         assert results[0].notes[:2] == ("out of memory on cuda with 1 at once", "formed slice by slice")
         assert traffic.largest_here() < 400 * 300
@@ -362,7 +368,7 @@ class TestMemory:
             lowrank.delta, "_form_cached", lambda *_: torch.ones(3, dtype=torch.float64)
         )  # it looks at values
         task = fake_task("factor", (400, 300), count=2)
-        results, factors = extract.compute(task, stored(task), CUDA)
+        results, factors = computed(task, stored(task))
         assert_factors(task, results, factors)
         assert all("done on the processor" in result.notes for result in results)
 
@@ -406,7 +412,7 @@ def test_a_wrong_device_is_caught(
     monkeypatch.setattr(sys.modules[f"phlora_pipeline.lowrank.{where}"], name, mutant)
     task = fake_task("factor", (400, 300), dtypes=("F32", "F32"), count=2, solver=solver)
     with pytest.raises(RuntimeError, match=r"Expected all tensors to be on the same device|found (two|at least two)"):
-        extract.compute(task, stored(task), CUDA)
+        computed(task, stored(task))
 
 
 def test_a_step_that_is_done_on_the_processor_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,6 +422,6 @@ def test_a_step_that_is_done_on_the_processor_is_seen(monkeypatch: pytest.Monkey
     task = fake_task("factor", (400, 300), solver="gram")
     given = stored(task)
     with Traffic() as traffic:
-        assert_factors(task, *extract.compute(task, given, CUDA))
+        assert_factors(task, *computed(task, given))
     assert traffic.largest_here() >= 400 * 300
     assert any(torch.Size(shape).numel() >= 400 * 300 for _, shape in traffic.back)

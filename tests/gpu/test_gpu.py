@@ -16,7 +16,7 @@ from phlora_pipeline.checkpoint import open_checkpoint, read_tensors
 from phlora_pipeline.errors import DeviceError
 from phlora_pipeline.lowrank import Factors, Outcome, Settings
 from phlora_pipeline.parts import TensorResult
-from phlora_pipeline.plan import Block, Task, TensorPair
+from phlora_pipeline.plan import Block, Member, TensorPair
 from phlora_pipeline.targets import kind_of, module_of
 from phlora_pipeline.verify import verify
 from tests import runs, toys
@@ -50,9 +50,9 @@ def compute(
     names = [name for name, ref in sorted(tuned.items()) if ref.shape == (128, 128)]
     pairs = tuple(TensorPair(module_of(name), kind_of(name, (128, 128)), base[name], tuned[name]) for name in names)
     settings = Settings(max_rank, solver)
-    task = Task(Block("block", "factor", pairs), "/nowhere", settings, lowrank.PROFILES["other"])
+    member = Member("", Block("block", "factor", pairs), "/nowhere", settings)
     stored = read_tensors([ref for pair in pairs for ref in (pair.base, pair.tuned)])
-    return extract.compute(task, stored, torch.device(device))
+    return extract.compute(member, lowrank.PROFILES["other"], stored[::2], stored[1::2], torch.device(device))
 
 
 @pytest.mark.parametrize("solver", lowrank.SOLVERS)

@@ -1,0 +1,128 @@
+"""Which tensors of two checkpoints can be compared, which of these are adapted, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from phlora_pipeline import targets
+from phlora_pipeline.checkpoint import TORCH_DTYPES, Checkpoint
+from phlora_pipeline.errors import RequestError
+from phlora_pipeline.plan.blocks import TensorPair
+from phlora_pipeline.targets import Selection, ServerRules
+
+_READ_DTYPES = frozenset(TORCH_DTYPES) - {"F8_E4M3", "F8_E5M2"}
+
+
+def pair_up(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> tuple[list[TensorPair], dict[str, str]]:
+    """Tensors that can be compared, and those that cannot."""
+    pairs: list[TensorPair] = []
+    unread: dict[str, str] = {}
+    differing: list[str] = []
+    for name, after in sorted(tuned.tensors.items()):
+        before = base.tensors.get(name)
+        kind = targets.kind_of(name, after.shape)
+        if before is None:
+            unread[name] = "not in the base"
+        elif before.shape != after.shape:
+            unread[name] = f"shape differs: base {list(before.shape)}, fine-tune {list(after.shape)}"
+            if not selection.excludes(name):
+                differing.append(f"{name} (base {list(before.shape)}, fine-tune {list(after.shape)})")
+        elif {before.dtype, after.dtype} - _READ_DTYPES:
+            unread[name] = f"stored as {before.dtype} and {after.dtype}: quantised weights are not dequantised yet"
+        else:
+            pairs.append(TensorPair(targets.module_of(name), kind, before, after))
+    if differing:
+        raise RequestError(
+            f"shapes differ in {len(differing)} of {len(tuned.tensors)} tensors: {some(differing)}",
+            remedy="give the right base, or leave these tensors out: --exclude 'GLOB'",
+        )
+    return pairs, unread
+
+
+def choose(
+    pairs: Sequence[TensorPair],
+    selection: Selection,
+    rules: ServerRules,
+    tied: tuple[str, str] | None,
+    *,
+    multimodal: bool,
+) -> tuple[list[TensorPair], dict[str, str]]:
+    """Pairs that are adapted, and the reason for each that is not."""
+    chosen: list[TensorPair] = []
+    left_out: dict[str, str] = {}
+    experts = any(pair.kind == "expert" for pair in pairs)
+    for pair in pairs:
+        reason = (
+            (targets.EXCLUDED if selection.excludes(pair.name) else "")
+            or targets.shape_refusal(pair.shape, pair.kind, pair.tuned.dtype)
+            or targets.shape_refusal(pair.shape, pair.kind, pair.base.dtype)
+            or selection.refusal(pair.name, pair.kind)
+            or (targets.tower_refusal(pair.name) if multimodal else "")
+            or (_shadowed_refusal(pair) if experts else "")
+            or targets.server_refusal(pair.kind, pair.shape, rules)
+            or _tied_refusal(pair, rules, tied)
+        )
+        if reason:
+            left_out[pair.name] = reason
+        else:
+            chosen.append(pair)
+    return chosen, left_out
+
+
+def _shadowed_refusal(pair: TensorPair) -> str:
+    """Dense layers and shared experts beside routed ones: PEFT on transformers 5 takes their names for the experts'."""
+    leaf = pair.module.rpartition(".")[2]
+    if pair.kind == "mlp" and leaf in {"gate_proj", "up_proj", "down_proj"}:
+        return f"PEFT takes every {leaf} of a model with experts for one of them, and would drop this one"
+    return ""
+
+
+def _tied_refusal(pair: TensorPair, rules: ServerRules, tied: tuple[str, str] | None) -> str:
+    if tied is None:
+        return ""
+    source, output = tied
+    if pair.module == output:
+        return f"tied to {source}, whose delta goes on both" if rules.tied_embeddings else f"tied to {source}"
+    if pair.module == source and not output:
+        return "tied to an output that the checkpoint does not name; half of a tied delta is worse than none"
+    if pair.module == source and not rules.tied_embeddings:
+        return f"tied to {output}: not every server takes the delta on both ends; --for peft adapts both"
+    return ""
+
+
+def tied_modules(configured: Checkpoint, pairs: Sequence[TensorPair]) -> tuple[str, str] | None:
+    """The input embedding and the output module of a causal model that share one weight, or None.
+
+    Tied is what `tie_word_embeddings` says, or what a checkpoint without an output matrix of its own leaves no doubt of.
+    """
+    causal = any("ForCausalLM" in name or "LMHead" in name for name in configured.architectures)
+    tied = any(
+        part in name
+        for name in configured.architectures
+        for part in ("MaskedLM", "PreTraining", "ConditionalGeneration")
+    )
+    inputs = [pair for pair in pairs if pair.kind == "embedding"]
+    if not inputs or not (causal or tied) or configured.config.get("tie_word_embeddings") is False:
+        return None
+    # Positions are embedded too (GPT-2's wpe); the vocabulary has the most rows.
+    source = max(inputs, key=lambda pair: pair.shape[0]).module
+    outputs = [pair.module for pair in pairs if pair.kind == "lm_head"]
+    if not outputs:
+        # Decoders that call their input so call their output lm_head; elsewhere the name is anybody's guess.
+        return source, "lm_head" if causal and source.rpartition(".")[2] in {"embed_tokens", "wte"} else ""
+    return (source, outputs[0]) if configured.config.get("tie_word_embeddings") is True else None
+
+
+def multimodal(base: Checkpoint, tuned: Checkpoint) -> bool:
+    """Whether there is more to the model than language."""
+    return any(key in side.config for side in (base, tuned) for key in ("vision_config", "audio_config"))
+
+
+def some(names: Iterable[str], most: int = 3) -> str:
+    """A few names, and how many more there are."""
+    ordered = sorted(names)
+    return (
+        ", ".join(ordered[:most]) + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
+        if ordered
+        else "none"
+    )

@@ -1,0 +1,112 @@
+"""Tensors on their way to the device while others are computed there, through memory that is used again.
+
+Fresh memory costs more than the copy into it: the kernel clears and maps every page, 46 MiB in 50 ms instead of 9.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phlora_pipeline.checkpoint import TensorRef, read_tensors, room_for
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """Tensors, and the memory of the `Reader` that they lie in, if they do."""
+
+    tensors: list[Tensor]
+    memory: bytearray | None
+
+
+class Reader:
+    """Reads lists of tensors, some lists ahead.
+
+    Attributes:
+        waited: seconds in all for which whoever took tensors had to wait for them.
+    """
+
+    def __init__(self, device: torch.device, most_bytes: int) -> None:
+        """Of one worker.
+
+        Args:
+            device: where the tensors are wanted.
+            most_bytes: a list that is larger is not read ahead, and its memory is not kept: memory before speed.
+        """
+        self._device, self._most_bytes = device, most_bytes
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="phlora-read-ahead")
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._free: list[bytearray] = []
+        self._ahead: list[tuple[Sequence[TensorRef], Future[_Loaded]]] = []
+        self.waited = 0.0
+
+    @contextlib.contextmanager
+    def taken(self, refs: Sequence[TensorRef], following: Sequence[Sequence[TensorRef]] = ()) -> Iterator[list[Tensor]]:
+        """These tensors, in their stored dtypes, while the lists that are likely to follow are being read.
+
+        On the CPU, or on a GPU already where they fit beside what is computed there. After
+        the block they must not be used any more: the memory has other tensors then.
+
+        Raises:
+            SourceChangedError: a shard was replaced since its header was read.
+            CredentialsError, StorageError: as storage says.
+        """
+        began = time.monotonic()
+        loaded = self._take(refs)
+        self.waited += time.monotonic() - began
+        try:
+            waiting = [hint for hint, _ in self._ahead]
+            self._ahead += [
+                (hint, self._thread.submit(self._read, hint))
+                for hint in following
+                if hint not in waiting and room_for(hint) <= self._most_bytes
+            ]
+            yield loaded.tensors
+        finally:
+            self._release(loaded)
+
+    def _take(self, refs: Sequence[TensorRef]) -> _Loaded:
+        while self._ahead:
+            hint, ahead = self._ahead.pop(0)
+            if hint == refs:
+                return ahead.result()
+            # What comes in another order than it was hinted at is no longer wanted.
+            if not ahead.cancel() and ahead.exception() is None:
+                self._release(ahead.result())
+        return self._read(refs)
+
+    def _read(self, refs: Sequence[TensorRef]) -> _Loaded:
+        wanted = room_for(refs)
+        memory = self._memory(wanted) if 0 < wanted <= self._most_bytes else None
+        loaded = _Loaded(read_tensors(refs, None if memory is None else memoryview(memory)), memory)
+        if self._copies is None:
+            return loaded
+        try:
+            return _Loaded(_on_device(loaded.tensors, self._device, self._copies), memory)
+        except torch.OutOfMemoryError:
+            return loaded  # they go there one by one, when their turn comes
+
+    def _memory(self, wanted: int) -> bytearray:
+        free = self._free.pop() if self._free else bytearray()
+        return free if len(free) >= wanted else bytearray(wanted)
+
+    def _release(self, loaded: _Loaded) -> None:
+        loaded.tensors.clear()
+        if loaded.memory is not None:
+            self._free.append(loaded.memory)
+
+
+def _on_device(stored: list[Tensor], device: torch.device, copies: torch.cuda.Stream) -> list[Tensor]:
+    """Copied from pinned memory on a stream of their own, while the device computes on another."""
+    with torch.cuda.stream(copies):
+        moved = [tensor.pin_memory().to(device, non_blocking=True) for tensor in stored]
+    copies.synchronize()
+    for tensor in moved:  # their memory is not given out again before the computing stream has read them
+        tensor.record_stream(torch.cuda.default_stream(device))
+    return moved
