@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from phlora_pipeline import safetensors_format, storage
-from phlora_pipeline.errors import CheckpointError, NotFoundError, one_line, quoted
+from phlora_pipeline.errors import CheckpointError, IncompleteError, NotFoundError, one_line, quoted
 from phlora_pipeline.safetensors_format import Header
 from phlora_pipeline.storage import ByteRange, ObjectInfo
 
@@ -106,7 +106,8 @@ def open_checkpoint(url: str) -> Checkpoint:
     """Open a folder with `model.safetensors`, or an index and its shards, or one `.safetensors` file.
 
     Raises:
-        NotFoundError: nothing is there, or a shard that the index names is missing.
+        NotFoundError: nothing is there.
+        IncompleteError: a shard that the index names is missing, or shorter than its header says.
         CheckpointError: what is there is not a checkpoint; pickles are refused unread.
     """
     url = storage.normalize(url)
@@ -134,6 +135,29 @@ def open_checkpoint(url: str) -> Checkpoint:
     weight_map = _read_index(url, files)
     shards = sorted(set(weight_map.values())) if weight_map else [_single_file(url, files)]
     return _assemble(url, files, shards, weight_map)
+
+
+def look(url: str) -> str:
+    """A fingerprint from the listing and the index alone: another one wherever the weights or the config are others.
+
+    It is not `Checkpoint.fingerprint`, which knows the headers; it is what tells cheaply whether anything is new.
+
+    Raises:
+        IncompleteError: a shard that the index names is missing.
+        NotFoundError, CheckpointError: as `open_checkpoint`.
+    """
+    url = storage.normalize(url)
+    files = {storage.basename(info.url): info for info in storage.list_folder(url)}
+    if not files:
+        single = storage.stat(url)
+        if single is None:
+            raise NotFoundError(f"there is no checkpoint at {url}", remedy="see whether it was moved or removed")
+        files = {storage.basename(url): single}
+    weight_map = _read_index(url, files)
+    shards = set(weight_map.values()) if weight_map else {_single_file(url, files)}
+    seen = [files[name] for name in sorted(shards | ({INDEX, "config.json"} & files.keys()))]
+    lines = [f"{storage.basename(info.url)} {info.etag} {info.size}" for info in seen]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def open_file(url: str) -> tuple[dict[str, TensorRef], Mapping[str, str]]:
@@ -234,7 +258,7 @@ def _read_index(url: str, files: Mapping[str, ObjectInfo]) -> dict[str, str]:
                 remedy="do not use this checkpoint before you know who wrote it",
             )
         if shard not in files:
-            raise NotFoundError(
+            raise IncompleteError(
                 f"{storage.join(url, shard)} is missing: {INDEX} places {quoted(tensor)} there",
                 remedy="wait for the upload to finish, or fetch the shard",
             )

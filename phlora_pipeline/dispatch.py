@@ -68,6 +68,10 @@ class Dispatcher(Generic[W]):
         """Whether the worker has a task."""
         return worker in self._running
 
+    def task_of(self, worker: W) -> Task:
+        """What the worker is doing."""
+        return self._running[worker]
+
     def add(self, tasks: Iterable[Task]) -> None:
         """More to do."""
         for task in tasks:

@@ -44,6 +44,10 @@ class CheckpointError(RequestError):
     """A checkpoint cannot be read as one: malformed, incomplete, or of an unsupported format."""
 
 
+class IncompleteError(CheckpointError):
+    """A checkpoint of which a part is not there, or not all there: perhaps it is still being uploaded."""
+
+
 class NotFoundError(RequestError):
     """An object or a folder that should be there is not."""
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from phlora_pipeline import adapter, driver, lowrank, manifest, reducer, storage
 from phlora_pipeline.card import model_card
 from phlora_pipeline.checkpoint import Checkpoint, open_checkpoint
 from phlora_pipeline.config import RunConfig, read_profile
-from phlora_pipeline.driver import Resources
+from phlora_pipeline.engine import Listener, Resources
 from phlora_pipeline.errors import (
     ConflictError,
     DeviceError,
@@ -85,13 +85,44 @@ class Prepared:
     base_name: str
 
 
+@dataclass(frozen=True, slots=True)
+class Concluded:
+    """What has become of a model.
+
+    Attributes:
+        outcome: as of `ExtractResult`.
+        plan: with the rank that the adapter has.
+        rows: of the manifest.
+        adapter_bytes: size of the weights.
+        warnings: in words.
+    """
+
+    outcome: Outcome
+    plan: Plan
+    rows: tuple[EnergyRow, ...]
+    adapter_bytes: int
+    warnings: tuple[str, ...]
+
+
 def plan(config: RunConfig) -> Prepared:
     """Open both checkpoints and plan: reads headers only, writes nothing.
 
     Raises:
         RequestError: the pair, or a setting, is wrong.
     """
-    base, tuned = open_checkpoint(config.base), open_checkpoint(config.tuned)
+    return prepare(config, open_checkpoint(config.base), storage.join(config.out, PARTS))
+
+
+def prepare(config: RunConfig, base: Checkpoint, parts_url: str, model: str = "") -> Prepared:
+    """The same for a base that is open already: many models share one.
+
+    Args:
+        config: what is wanted.
+        base: the checkpoint at `config.base`.
+        parts_url: folder of parts.
+        model: its id in a zoo.
+    """
+    tuned = open_checkpoint(config.tuned)
     base_name = config.base_name or adapter.base_name_from(tuned.config) or adapter.base_name_from(base.config)
     settings = PlanSettings(
         selection=Selection(config.targets, config.include, config.exclude),
@@ -99,8 +130,9 @@ def plan(config: RunConfig) -> Prepared:
         rank=config.rank,
         factors=lowrank.Settings(config.max_rank, config.solver, config.tolerance, config.energy),
         profile=_profile(config),
-        parts_url=storage.join(config.out, PARTS),
+        parts_url=parts_url,
         identity=(("dtype", config.dtype), ("base_name", base_name)),
+        model=model,
     )
     return Prepared(base, tuned, make_plan(base, tuned, settings), base_name)
 
@@ -126,17 +158,14 @@ def extract(config: RunConfig, observer: Observer) -> ExtractResult:
     if not config.out:
         raise RequestError("there is no output folder", remedy="say where the adapter goes: out")
     prepared = plan(config)
-    if (standing := _standing(config, prepared)) is not None:
-        return standing
+    if (there := standing(config, prepared)) is not None:
+        return _result(config, prepared, there, 0)
     resources = _resources(config)
     _require_room(config, prepared.plan)
     run = Run.begin(config.out, config.model_dump(mode="json"))
     try:
         result = _extract(config, prepared, resources, observer, run)
     except PhloraError as error:
-        # Parts that vanish have been published and cleaned up by another run of the same extraction.
-        if isinstance(error, NotFoundError) and (standing := _standing(config, prepared)) is not None:
-            return standing
         if isinstance(error, RequestError) and not config.keep_parts:
             with contextlib.suppress(PhloraError):  # refused, not interrupted: nothing will go on from these
                 reducer.drop_parts(prepared.plan)
@@ -162,40 +191,63 @@ def _extract(
             if block.error is not None:
                 raise block.error
 
-    engine = driver.engine(config.engine, config.device, len(plan.tasks))
-    lost = engine(plan.tasks, resources, on_report)
-    reduction = reducer.reduce(plan, lost, dtype=config.dtype, base=prepared.base, tuned=prepared.tuned)
-    warnings = [*plan.warnings, *_judge(reduction, config), *_dropped(reduction)]
-    for warning in warnings[len(plan.warnings) :]:
+    lost = driver.engine(config.engine, config.device, len(plan.tasks))(plan.tasks, resources, Listener(on_report))
+    concluded = conclude(config, prepared, lost, run.url)
+    for warning in concluded.warnings:
         observer.warn(warning)
-    if reduction.failed and not (config.allow_partial and reduction.layout.slots):
-        raise _failed(reduction, run, config)
-    outcome = _publish(config, prepared, reduction)
+    read = sum(report.nbytes for report in run.reports)
+    return _result(config, prepared, concluded, read)
+
+
+def conclude(config: RunConfig, prepared: Prepared, lost: Mapping[str, str], run_url: str) -> Concluded:
+    """All parts are there, or lost: judge them, and publish the adapter.
+
+    Args:
+        config: where to, and what is tolerated.
+        prepared: the plan.
+        lost: part URL → why there is none.
+        run_url: where the rows of a failed model go.
+
+    Raises:
+        RequestError: it is no fine-tune of this base.
+        ModelFailedError: a tensor failed; nothing is published.
+    """
+    plan = prepared.plan
+    try:
+        reduction = reducer.reduce(plan, lost, dtype=config.dtype, base=prepared.base, tuned=prepared.tuned)
+        warnings = (*_judge(reduction, config), *_dropped(reduction))
+        if reduction.failed and not (config.allow_partial and reduction.layout.slots):
+            raise _failed(reduction, run_url, config)
+        outcome = _publish(config, prepared, reduction)
+    except NotFoundError:
+        # Parts that vanish have been published and cleaned up by another run of the same extraction.
+        if (found := standing(config, prepared)) is None:
+            raise
+        return found
     if not config.keep_parts:
         reducer.drop_parts(plan)
-    read = sum(report.nbytes for report in run.reports)
-    return _result(
-        outcome, config, replace(prepared, plan=reduction.plan), reduction.rows, reduction.weight_bytes, read, warnings
-    )
+    return Concluded(outcome, reduction.plan, reduction.rows, reduction.weight_bytes, warnings)
 
 
-def _standing(config: RunConfig, prepared: Prepared) -> ExtractResult | None:
-    """The result of an earlier run, where this very adapter stands already."""
+def standing(config: RunConfig, prepared: Prepared) -> Concluded | None:
+    """The end of an earlier run, where this very adapter stands already."""
     files = reducer.standing(config.out, prepared.plan, overwrite=config.overwrite)
     if files is None:
         return None
     if not config.keep_parts:
         reducer.drop_parts(prepared.plan)  # of a run that was killed after its commit
-    rows = manifest.read(storage.join(config.out, reducer.MANIFEST))
-    if prepared.plan.energy is not None:
-        ranks = [row.rank for row in rows if row.rank is not None]
-        prepared = replace(prepared, plan=prepared.plan.of_rank(max(ranks, default=1)))
+    plan, rows = prepared.plan, tuple(manifest.read(storage.join(config.out, reducer.MANIFEST)))
+    if plan.energy is not None:
+        plan = plan.of_rank(max((row.rank for row in rows if row.rank is not None), default=1))
     if any(row.status == "failed" for row in rows) and not config.allow_partial:
         raise ConflictError(
             f"{config.out} holds a partial adapter: some tensors failed when it was extracted",
             remedy="pass --overwrite to extract it again, or --allow-partial to accept it",
         )
-    return _result("exists" if adapter.CONFIG in files else "nothing_to_adapt", config, prepared, rows, 0, 0)
+    if adapter.CONFIG not in files:
+        return Concluded("nothing_to_adapt", plan, rows, 0, ())
+    info = storage.stat(storage.join(config.out, adapter.WEIGHTS))
+    return Concluded("exists", plan, rows, info.size if info else 0, ())
 
 
 def _publish(config: RunConfig, prepared: Prepared, reduction: Reduction) -> Outcome:
@@ -247,14 +299,14 @@ def _dropped(reduction: Reduction) -> list[str]:
     ]
 
 
-def _failed(reduction: Reduction, run: Run, config: RunConfig) -> ModelFailedError:
+def _failed(reduction: Reduction, run_url: str, config: RunConfig) -> ModelFailedError:
     reducer.publish_manifest(
-        run.url, reduction.rows, model=storage.basename(config.tuned), base=storage.basename(config.base)
+        run_url, reduction.rows, model=storage.basename(config.tuned), base=storage.basename(config.base)
     )
     first = reduction.failed[0]
     return ModelFailedError(
         f"{len(reduction.failed)} of {len(reduction.rows)} tensors failed, no adapter is published; {first.tensor}: {first.reason}",
-        remedy=f"all rows are in {storage.join(run.url, reducer.MANIFEST)}; mend the checkpoint, or publish without these tensors: --allow-partial",
+        remedy=f"all rows are in {storage.join(run_url, reducer.MANIFEST)}; mend the checkpoint, or publish without these tensors: --allow-partial",
     )
 
 
@@ -276,30 +328,18 @@ def _require_room(config: RunConfig, plan: Plan) -> None:
         )
 
 
-def _result(
-    outcome: Outcome,
-    config: RunConfig,
-    prepared: Prepared,
-    rows: Sequence[EnergyRow],
-    adapter_bytes: int,
-    read: int,
-    warnings: Sequence[str] = (),
-) -> ExtractResult:
-    plan = prepared.plan
-    if outcome == "exists":
-        info = storage.stat(storage.join(config.out, adapter.WEIGHTS))
-        adapter_bytes = info.size if info else 0
+def _result(config: RunConfig, prepared: Prepared, concluded: Concluded, read: int) -> ExtractResult:
     return ExtractResult(
-        outcome,
+        concluded.outcome,
         config.out,
-        plan.version,
-        plan.rank,
-        plan.written_rank,
-        adapter_bytes,
+        concluded.plan.version,
+        concluded.plan.rank,
+        concluded.plan.written_rank,
+        concluded.adapter_bytes,
         prepared.tuned.nbytes,
         read,
-        summarize(rows),
-        tuple(warnings),
+        summarize(concluded.rows),
+        (*concluded.plan.warnings, *concluded.warnings),
     )
 
 

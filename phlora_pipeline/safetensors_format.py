@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from phlora_pipeline.errors import CheckpointError, one_line, quoted
+from phlora_pipeline.errors import CheckpointError, IncompleteError, one_line, quoted
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 200_000
@@ -89,12 +89,12 @@ def header_length(prefix: bytes, file_size: int, url: str) -> int:
             if head.startswith(magic):
                 raise CheckpointError(f"{url} is {what}", remedy=remedy)
     if file_size < 8 or len(prefix) < 8:
-        raise _broken(url, f"it has {file_size} bytes; even an empty one has ten")
+        raise _cut_short(url, f"it has {file_size} bytes; even an empty one has ten")
     length = int.from_bytes(prefix[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise _broken(url, f"its header claims {length} bytes; at most {MAX_HEADER_BYTES} are accepted")
     if 8 + length > file_size:
-        raise _broken(url, f"its header claims {length} bytes but the file ends after {file_size}: it is truncated")
+        raise _cut_short(url, f"its header claims {length} bytes but the file ends after {file_size}: it is truncated")
     if length < 2:
         raise _broken(url, f"its header has {length} bytes; '{{}}' is the shortest one")
     return length
@@ -228,9 +228,17 @@ def _require_seamless(entries: Mapping[str, Entry], data_start: int, file_size: 
             raise _broken(url, f"{quoted(name)} {fault}: it starts at byte {entry.start}, expected {position}")
         position = entry.stop
     if position != file_size:
-        fault = "it is truncated" if position > file_size else "something follows them"
-        raise _broken(url, f"its tensors end at byte {position}, the file at {file_size}: {fault}")
+        told = f"its tensors end at byte {position}, the file at {file_size}"
+        if position > file_size:
+            raise _cut_short(url, f"{told}: it is truncated")
+        raise _broken(url, f"{told}: something follows them")
 
 
 def _broken(url: str, why: str) -> CheckpointError:
     return CheckpointError(f"{url} is not a valid safetensors file: {why}", remedy="download or write it again")
+
+
+def _cut_short(url: str, why: str) -> IncompleteError:
+    return IncompleteError(
+        f"{url} is not a valid safetensors file: {why}", remedy="wait for the upload to finish, or download it again"
+    )

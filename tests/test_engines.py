@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phlora_pipeline import cli, dispatch, driver, lowrank, reducer
+from phlora_pipeline import cli, dispatch, driver, engine, lowrank, reducer
 from phlora_pipeline.dispatch import Dispatcher
 from phlora_pipeline.errors import DeviceError, ModelFailedError, SourceChangedError
 from phlora_pipeline.extract import TaskReport, Worker
@@ -214,7 +214,7 @@ class TestLocal:
     ) -> None:
         runs.extract(*pair, tmp_path / "calm")
         monkeypatch.setattr(Stumbling, "times", 1)
-        monkeypatch.setattr(driver, "Worker", Stumbling)
+        monkeypatch.setattr(engine, "Worker", Stumbling)
         runs.extract(*pair, tmp_path / "stumbled")
         assert Stumbling.times == 0
         assert runs.contents(tmp_path / "stumbled") == runs.contents(tmp_path / "calm")
@@ -223,7 +223,7 @@ class TestLocal:
         self, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(Stumbling, "times", 2)
-        monkeypatch.setattr(driver, "Worker", Stumbling)
+        monkeypatch.setattr(engine, "Worker", Stumbling)
         watcher = runs.Watcher()
         with pytest.raises(ModelFailedError):
             runs.extract(*pair, tmp_path / "out", observer=watcher)
@@ -483,7 +483,7 @@ class TestRay:
         self, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, charges: list[tuple[str, str, bool]]
     ) -> None:  # fmt: skip
         class Stillborn(driver._RayWorker):
-            def prepare(self, device: str, threads: int) -> None:
+            def prepare(self, device: str, threads: int) -> str:
                 os._exit(1)
 
         monkeypatch.setattr(driver, "_RayWorker", Stillborn)
@@ -493,7 +493,7 @@ class TestRay:
 
     @pytest.mark.parametrize(
         ("asked", "words"),
-        [({"device": "cuda"}, "the Ray cluster has no GPU"), ({"threads": 3}, "2 processors; one worker asks for 3")],
+        [({"device": "cuda"}, "has 0 GPUs and 2 processors; one worker asks for 1 GPU"), ({"threads": 3}, "2 processors; one worker asks for 3")],
     )
     def test_what_the_cluster_cannot_give_is_said_before_any_work(
         self, asked: dict[str, object], words: str, pair: tuple[Path, Path], tmp_path: Path

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "phlora_pipeline"
 LAYERS = [
     {"errors", "lowrank", "safetensors_format", "storage", "checkpoint", "config", "machine"},
     {"reading", "targets", "plan", "dispatch", "parts", "adapter", "manifest", "summary", "card"},
-    {"extract", "driver", "reducer", "runlog", "verify", "convert", "calibrate"},
+    {"extract", "engine", "driver", "reducer", "runlog", "verify", "convert", "calibrate"},
     {"pipeline"},
     {"cli", "console", "render", "__main__"},
 ]
