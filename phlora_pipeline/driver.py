@@ -6,16 +6,18 @@ import contextlib
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from phlora_pipeline.dispatch import MAX_ATTEMPTS, Dispatcher
-from phlora_pipeline.engine import Engine, Job, Listener, Resources, outcome_of, run_local, words
+from phlora_pipeline.engine import Engine, Job, Listener, Resources, run_local, words
 from phlora_pipeline.errors import DeviceError, PhloraError
 from phlora_pipeline.extract import TaskReport, Worker
 from phlora_pipeline.plan import Task
+from phlora_pipeline.pool import Pool
 
 POLL_SECONDS = 1.0
 """How long the loop waits before it looks whether it should stop."""
@@ -65,7 +67,8 @@ class _Loop:
     def __init__(self, ray: Any, pool: Pool, queue: Dispatcher[int], listener: Listener, resources: Resources) -> None:
         self._ray, self._pool, self._queue, self._listener = ray, pool, queue, listener
         self._calls: dict[Any, int] = {}
-        self._jobs: dict[Any, Job] = {}
+        self._backlog: deque[Job] = deque()
+        self._jobs: dict[Any, tuple[int, Job]] = {}  # call → desk, and what is done there
         self._false_starts = 0
         self._losses: dict[str, int] = {}
         self._began, self._start_seconds = time.monotonic(), resources.start_seconds
@@ -79,19 +82,25 @@ class _Loop:
                 self._listener.more(queue)
                 self._grow()
                 self._hand_out()
-            for job in self._listener.jobs(queue.lost):
-                self._jobs[self._pool.start_job(job)] = job
-            if not self._jobs and not (queue.running if stopping else queue.unfinished):
+            self._backlog.extend(self._listener.jobs(queue.lost))
+            self._hand_out_jobs()
+            if not self._jobs and not self._backlog and not (queue.running if stopping else queue.unfinished):
                 return queue.lost
-            waiting = [*self._calls, *self._jobs]
+            if not (waiting := [*self._calls, *self._jobs]):
+                time.sleep(POLL_SECONDS)
+                continue
             finished, _ = self._ray.wait(waiting, num_returns=1, timeout=POLL_SECONDS)
             for reference in finished:
                 self._ended(reference)
             self._require_start()
 
     def _ended(self, reference: Any) -> None:
-        if (job := self._jobs.pop(reference, None)) is not None:
-            self._listener.ended(job, self._answer(reference))
+        if reference in self._jobs:
+            desk, job = self._jobs.pop(reference)
+            answer = self._answer(reference)
+            if isinstance(answer, self._ray.exceptions.RayError):
+                self._pool.close_desk(desk)
+            self._listener.ended(job, answer)
             return
         slot = self._calls.pop(reference)
         answer = self._answer(reference)
@@ -155,6 +164,13 @@ class _Loop:
             if slot not in busy and (assignment := self._queue.take(slot)) is not None:
                 self._calls[self._pool.run(slot, *assignment)] = slot
 
+    def _hand_out_jobs(self) -> None:
+        busy = {desk for desk, _ in self._jobs.values()}
+        for desk in range(self._pool.desks):
+            if self._backlog and desk not in busy:
+                job = self._backlog.popleft()
+                self._jobs[self._pool.run_job(desk, job)] = desk, job
+
     def _require_start(self) -> None:
         if not self._pool.started and self._queue.unfinished:
             waited = time.monotonic() - self._began
@@ -165,110 +181,6 @@ class _Loop:
                 )
         else:
             self._began = time.monotonic()
-
-
-class Pool:
-    """Numbered slots, each with an actor that is replaced when it dies."""
-
-    def __init__(self, ray: Any, resources: Resources, worker: type) -> None:
-        """On the cluster as it is now.
-
-        Args:
-            ray: the module, connected.
-            resources: of every actor.
-            worker: its class, with `prepare(device, threads)` → node id, and `run(task, prefetch)`.
-
-        Raises:
-            DeviceError: there is nothing that a worker could run on, and no number of workers to wait for.
-        """
-        self._ray, self._resources = ray, resources
-        gpus, cpus = self._there()
-        self._on_gpu = resources.device != "cpu" and (gpus > 0 or resources.device.startswith("cuda"))
-        self.wish = f"{resources.gpus:g} GPU" if self._on_gpu else f"{resources.threads} processors"
-        if not resources.workers and not self._fit():
-            raise DeviceError(
-                f"the Ray cluster has {gpus:g} GPUs and {cpus:g} processors; one worker asks for {self.wish}",
-                remedy="lower --threads, use --device cpu, or say how many --workers to wait for while nodes come",
-            )
-        wanted = {"num_gpus": resources.gpus} if self._on_gpu else {"num_cpus": resources.threads}
-        # max_restarts=0: an actor that died is replaced by the driver, which knows whose fault it was.
-        self._actor = ray.remote(max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD", **wanted)(worker)
-        # Beside actors that take all processors a job would never be given one.
-        self._job = ray.remote(
-            num_cpus=1 if self._on_gpu else 0, max_retries=0, scheduling_strategy="SPREAD"
-        )(_run_job)  # fmt: skip
-        self._actors: dict[int, Any] = {}
-        self._nodes: dict[int, str] = {}
-
-    @property
-    def size(self) -> int:
-        """Slots, started or not."""
-        return len(self._actors)
-
-    @property
-    def started(self) -> list[int]:
-        """Slots whose actors can take tasks."""
-        return list(self._nodes)
-
-    def wanted(self) -> int:
-        """How many slots there should be: what the user says, or what fits; one, to be waited for, where nothing does."""
-        return self._resources.workers or max(self._fit(), 1)
-
-    def start(self, slot: int) -> Any:
-        """Give the slot a new actor; the call that is returned ends when it is ready."""
-        self._kill(slot)
-        self._actors[slot] = self._actor.remote()
-        device = "cuda" if self._on_gpu else "cpu"
-        return self._actors[slot].prepare.remote(device, self._resources.threads)
-
-    def ready(self, slot: int, node: str) -> None:
-        """Its actor has started there."""
-        self._nodes[slot] = node
-
-    def run(self, slot: int, task: Task, prefetch: Task | None) -> Any:
-        """Give the slot's actor a task."""
-        return self._actors[slot].run.remote(task, prefetch)
-
-    def start_job(self, job: Job) -> Any:
-        """Anywhere in the cluster."""
-        return self._job.remote(job, self._resources.threads)
-
-    def node_is_gone(self, slot: int) -> bool:
-        """Whether the node of the slot's last actor has left the cluster; Ray takes some seconds to notice."""
-        node = self._nodes.get(slot)
-        if node is None:
-            return False
-        deadline = time.monotonic() + NODE_SECONDS
-        while True:
-            if node not in {found["NodeID"] for found in self._ray.nodes() if found["Alive"]}:
-                return True
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.2)
-
-    def close(self) -> None:
-        """End all actors."""
-        for slot in list(self._actors):
-            self._kill(slot)
-
-    def _there(self) -> tuple[float, float]:
-        available = self._ray.cluster_resources()
-        return available.get("GPU", 0), available.get("CPU", 0)
-
-    def _fit(self) -> int:
-        gpus, cpus = self._there()
-        return int(gpus / self._resources.gpus) if self._on_gpu else int(cpus // self._resources.threads)
-
-    def _kill(self, slot: int) -> None:
-        actor = self._actors.pop(slot, None)
-        self._nodes.pop(slot, None)
-        if actor is not None:
-            with contextlib.suppress(Exception):
-                self._ray.kill(actor)
-
-
-NODE_SECONDS = 2.0
-"""How long a dead worker's node is watched, to tell a lost node from a deadly task."""
 
 
 class _RayWorker:
@@ -284,11 +196,6 @@ class _RayWorker:
 
     def run(self, task: Task, prefetch: Task | None) -> TaskReport:
         return self._worker.run(task, prefetch)
-
-
-def _run_job(job: Job, threads: int) -> Any:
-    torch.set_num_threads(threads)  # sums may depend on it, and with them a manifest's last digits
-    return outcome_of(job)
 
 
 @contextlib.contextmanager

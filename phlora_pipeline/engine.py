@@ -42,22 +42,17 @@ class Job(Protocol):
         """Do it, and tell how it went."""
 
 
-@dataclass(slots=True)
-class Listener:
-    """Whoever leads a run: is told what happens, and says what follows.
+class Listener(Protocol):
+    """Whoever leads a run: is told what happens, and says what follows."""
 
-    Attributes:
-        on_report: a task is done.
-    """
-
-    on_report: Callable[[TaskReport], None]
+    def on_report(self, report: TaskReport) -> None:
+        """A task is done."""
 
     def retried(self, task: Task, reason: str, *, died: bool) -> None:
         """A task failed, or its worker died."""
 
     def jobs(self, lost: dict[str, str]) -> Iterable[Job]:
         """What can be done now, each once. `lost`: part URL → reason, of the blocks that were given up."""
-        return ()
 
     def ended(self, job: Job, outcome: Any) -> None:
         """A job's answer, or the exception that it raised."""
@@ -67,6 +62,29 @@ class Listener:
 
     def stopping(self) -> bool:
         """Whether no further task should begin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reports:
+    """A listener that is told of tasks, and wants nothing more."""
+
+    on_report: Callable[[TaskReport], None]
+
+    def retried(self, task: Task, reason: str, *, died: bool) -> None:
+        """It is repeated, and that is all."""
+
+    def jobs(self, lost: dict[str, str]) -> Iterable[Job]:
+        """None."""
+        return ()
+
+    def ended(self, job: Job, outcome: Any) -> None:
+        """There are none."""
+
+    def more(self, queue: Dispatcher[Any]) -> None:
+        """Nothing."""
+
+    def stopping(self) -> bool:
+        """Never."""
         return False
 
 
@@ -85,10 +103,14 @@ def run_local(tasks: Iterable[Task], resources: Resources, listener: Listener) -
     worker = Worker(resources.device, resources.threads)
     queue: Dispatcher[str] = Dispatcher(tasks)
     while True:
-        for job in listener.jobs(queue.lost):
-            listener.ended(job, outcome_of(job))
-        listener.more(queue)
-        if listener.stopping() or (assignment := queue.take("local")) is None:
+        stopping = listener.stopping()
+        if not stopping:
+            listener.more(queue)
+        if jobs := list(listener.jobs(queue.lost)):
+            for job in jobs:
+                listener.ended(job, outcome_of(job))
+            continue  # one that failed may be wanted again, and there may be no task left that would lead back here
+        if stopping or (assignment := queue.take("local")) is None:
             return queue.lost
         try:
             report = worker.run(*assignment)

@@ -7,8 +7,9 @@ hang at exit.
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -116,20 +117,35 @@ def to_parquet(rows: Sequence[EnergyRow], *, model: str = "", base: str = "") ->
         model, base: written as columns where given; a dataset over a zoo has them in its paths instead.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     table = pa.Table.from_pylist([_plain(row) for row in rows], schema=schema())
     for name, value, text in (("base", base, "the base checkpoint"), ("model", model, "the fine-tuned checkpoint")):
         if value:
             column = pa.array([value] * len(rows), pa.string())
             table = table.add_column(0, pa.field(name, pa.string(), metadata={"description": text}), column)
-    table = table.replace_schema_metadata(
-        {"phlora.schema_version": str(SCHEMA_VERSION), "phlora.version": rows[0].version if rows else ""}
+    return _written(
+        table.replace_schema_metadata(
+            {"phlora.schema_version": str(SCHEMA_VERSION), "phlora.version": rows[0].version if rows else ""}
+        )
     )
-    sink = io.BytesIO()
-    # Page checksums: without them one flipped bit reads back as other floats, and nobody is told.
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return sink.getvalue()
+
+
+def without_names(url: str) -> bytes:
+    """A stored manifest's bytes without the columns `model` and `base`, for a dataset that has these two in its paths.
+
+    Raises:
+        NotFoundError: there is none.
+        CheckpointError: it is damaged.
+    """
+    import pyarrow as pa
+
+    with _readable(url):
+        table = _stored(url)
+    table = table.drop_columns([name for name in ("base", "model") if name in table.column_names])
+    # What Parquet calls a list's element is not what Arrow calls it; by our own names the bytes are those of `to_parquet`.
+    ours = {field.name: field for field in schema()}
+    fields = [ours.get(field.name, field) for field in table.schema]
+    return _written(table.cast(pa.schema(fields, table.schema.metadata)))
 
 
 def read(url: str) -> list[EnergyRow]:
@@ -139,22 +155,41 @@ def read(url: str) -> list[EnergyRow]:
         NotFoundError: there is none.
         CheckpointError: it is damaged, or of a newer schema.
     """
-    import pyarrow as pa
+    with _readable(url):
+        records = _stored(url).to_pylist(maps_as_pydicts="strict")
+    return [_row(record, url) for record in records]
+
+
+def _stored(url: str) -> pa.Table:
     import pyarrow.parquet as pq
 
     info = storage.stat(url)
     if info is None:
         raise NotFoundError(f"there is no manifest at {url}")
+    stored = io.BytesIO(storage.read_object(info, limit=_LARGEST))
+    # Its own threads, still at work on a Python file when the process ends, would abort it.
+    return pq.read_table(stored, page_checksum_verification=True, use_threads=False)
+
+
+@contextlib.contextmanager
+def _readable(url: str) -> Iterator[None]:
+    import pyarrow as pa
+
     try:
-        stored = io.BytesIO(storage.read_object(info, limit=_LARGEST))
-        # Its own threads, still at work on a Python file when the process ends, would abort it.
-        table = pq.read_table(stored, page_checksum_verification=True, use_threads=False)
-        records = table.to_pylist(maps_as_pydicts="strict")
+        yield
     except (pa.ArrowException, OSError) as error:
         raise CheckpointError(
             f"{url} is not a readable manifest: {error}", remedy="extract again with --overwrite"
         ) from error
-    return [_row(record, url) for record in records]
+
+
+def _written(table: pa.Table) -> bytes:
+    import pyarrow.parquet as pq
+
+    sink = io.BytesIO()
+    # Page checksums: without them one flipped bit reads back as other floats, and nobody is told.
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue()
 
 
 def _plain(row: EnergyRow) -> dict[str, Any]:

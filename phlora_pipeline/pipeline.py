@@ -11,7 +11,7 @@ from phlora_pipeline import adapter, driver, lowrank, manifest, reducer, storage
 from phlora_pipeline.card import model_card
 from phlora_pipeline.checkpoint import Checkpoint, open_checkpoint
 from phlora_pipeline.config import RunConfig, read_profile
-from phlora_pipeline.engine import Listener, Resources
+from phlora_pipeline.engine import Reports, Resources
 from phlora_pipeline.errors import (
     ConflictError,
     DeviceError,
@@ -185,18 +185,17 @@ def _extract(
     observer.planned(plan)
 
     def on_report(report: TaskReport) -> None:
-        run.reports.append(report)
+        run.task(report)
         observer.task_done(report)
         for block in report.blocks:
             if block.error is not None:
                 raise block.error
 
-    lost = driver.engine(config.engine, config.device, len(plan.tasks))(plan.tasks, resources, Listener(on_report))
+    lost = driver.engine(config.engine, config.device, len(plan.tasks))(plan.tasks, resources, Reports(on_report))
     concluded = conclude(config, prepared, lost, run.url)
     for warning in concluded.warnings:
         observer.warn(warning)
-    read = sum(report.nbytes for report in run.reports)
-    return _result(config, prepared, concluded, read)
+    return _result(config, prepared, concluded, run.nbytes)
 
 
 def conclude(config: RunConfig, prepared: Prepared, lost: Mapping[str, str], run_url: str) -> Concluded:

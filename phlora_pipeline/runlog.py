@@ -8,8 +8,9 @@ from __future__ import annotations
 import datetime as dt
 import json
 import secrets
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from phlora_pipeline import storage
@@ -24,43 +25,57 @@ class Run:
 
     Attributes:
         url: its folder.
-        reports: of the tasks that are done.
         began: in UTC.
+        tasks, nbytes: done so far, and the tensor bytes that they read.
     """
 
     url: str
-    reports: list[TaskReport]
     began: dt.datetime
+    tasks: int = 0
+    nbytes: int = 0
+    _lines: list[str] = field(default_factory=list)
 
     @classmethod
     def begin(cls, out: str, request: Mapping[str, Any]) -> Run:
         """Write the resolved request; being the run's first write, it finds out whether writing is allowed."""
         began = dt.datetime.now(dt.UTC)
-        run = cls(storage.join(out, RUNS, f"{began:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"), [], began)
+        run = cls(storage.join(out, RUNS, f"{began:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"), began)
         run._put("request.json", request)
         return run
 
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return (dt.datetime.now(dt.UTC) - self.began).total_seconds()
+
+    def event(self, kind: str, **told: Any) -> None:
+        """A line of `events.jsonl`."""
+        self._lines.append(json.dumps({"event": kind, "at": round(self.seconds, 3), **told}))
+
+    def task(self, report: TaskReport) -> None:
+        """A task is done."""
+        self.tasks += 1
+        self.nbytes += report.nbytes
+        self.event(
+            "task",
+            task=report.task,
+            models=[block.model for block in report.blocks if block.model],
+            tensors=report.tensors,
+            bytes=report.nbytes,
+            seconds=round(report.seconds, 4),
+            waited=round(report.waited, 4),
+            worker=report.worker,
+            routes=dict(sum((Counter(dict(block.routes)) for block in report.blocks), Counter())),
+            failed=list(report.failed),
+            reused=report.reused,
+        )
+
     def end(self, result: Mapping[str, Any]) -> None:
-        """Write one line per task, and how the run ended."""
-        seconds = (dt.datetime.now(dt.UTC) - self.began).total_seconds()
-        lines = [json.dumps({"event": "task", **as_json(report)}) for report in self.reports]
-        storage.put_new(storage.join(self.url, "events.jsonl"), "".join(f"{line}\n" for line in lines).encode())
-        self._put("result.json", {**result, "seconds": round(seconds, 3), "tasks": len(self.reports)})
+        """Write all events, and how the run ended."""
+        storage.put_new(storage.join(self.url, "events.jsonl"), "".join(f"{line}\n" for line in self._lines).encode())
+        self._put(
+            "result.json", {**result, "seconds": round(self.seconds, 3), "tasks": self.tasks, "read_bytes": self.nbytes}
+        )
 
     def _put(self, name: str, document: Mapping[str, Any]) -> None:
         storage.put_new(storage.join(self.url, name), (json.dumps(document, indent=2) + "\n").encode())
-
-
-def as_json(report: TaskReport) -> dict[str, Any]:
-    """A task's line of `events.jsonl`."""
-    return {
-        "task": report.task,
-        "models": [block.model for block in report.blocks if block.model],
-        "tensors": report.tensors,
-        "bytes": report.nbytes,
-        "seconds": round(report.seconds, 4),
-        "waited": round(report.waited, 4),
-        "worker": report.worker,
-        "failed": list(report.failed),
-        "reused": report.reused,
-    }

@@ -15,16 +15,17 @@ from tests import toys
 PACKAGE = Path(__file__).parent.parent / "phlora_pipeline"
 
 LAYERS = [
-    {"errors", "lowrank", "safetensors_format", "storage", "checkpoint", "config", "machine"},
+    {"errors", "lowrank", "safetensors_format", "storage", "checkpoint", "config", "zoofile", "machine"},
     {"reading", "targets", "plan", "dispatch", "parts", "adapter", "manifest", "summary", "card"},
-    {"extract", "engine", "driver", "reducer", "runlog", "verify", "convert", "calibrate"},
-    {"pipeline"},
+    {"extract", "engine", "pool", "driver", "reducer", "runlog", "verify", "convert", "calibrate"},
+    {"pipeline", "zoo"},
     {"cli", "console", "render", "__main__"},
 ]
 HOMES = {
     "ray": {"driver"},
     "pyarrow": {"manifest"},
-    "pydantic": {"config"},
+    "pydantic": {"config", "zoofile"},
+    "yaml": {"zoofile"},
     "fsspec": {"storage"},
     "s3fs": {"storage"},
     "boto3": {"storage"},

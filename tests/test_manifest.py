@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -40,6 +40,39 @@ def test_model_and_base_are_columns_only_where_given() -> None:
     assert alone.column("model").to_pylist() == ["m"]
     assert alone.column("base").to_pylist() == ["b"]
     assert "model" not in pq.read_table(io.BytesIO(manifest.to_parquet([ADAPTED]))).column_names
+
+
+@pytest.mark.parametrize("rows", [[ADAPTED, SKIPPED], [SKIPPED], []], ids=["two", "one", "none"])
+def test_without_names_it_is_as_if_it_had_never_had_them(tmp_path: Path, rows: list[EnergyRow]) -> None:
+    """A dataset has model and base in its paths: its files are those of a manifest that was written for it, to the byte."""
+    path = tmp_path / "energy.parquet"
+    path.write_bytes(manifest.to_parquet(rows, model="m", base="b"))
+    bare = manifest.without_names(str(path))
+    assert bare == manifest.to_parquet(rows)
+    path.write_bytes(bare)
+    assert manifest.without_names(str(path)) == bare
+    assert pq.read_schema(path).equals(manifest.schema(), check_metadata=False)
+    assert all(field.metadata[b"description"] for field in pq.read_schema(path))
+
+
+def test_columns_of_a_later_version_are_copied_too(tmp_path: Path) -> None:
+    path = tmp_path / "energy.parquet"
+    table = pq.read_table(io.BytesIO(manifest.to_parquet([ADAPTED], model="m", base="b")))
+    pq.write_table(table.append_column("later", [["x"]]), path)
+    path.write_bytes(manifest.without_names(str(path)))
+    assert pq.read_table(path).column_names == [*manifest.COLUMNS, "later"]
+
+
+def test_damage_is_not_copied(tmp_path: Path) -> None:
+    path = tmp_path / "energy.parquet"
+    rows = [replace(ADAPTED, tensor=f"t{number}", delta_norm=number * 0.37) for number in range(500)]
+    data = bytearray(manifest.to_parquet(rows, model="m", base="b"))
+    data[len(data) // 4] ^= 0x10
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match="not a readable manifest"):
+        manifest.without_names(str(path))
+    with pytest.raises(NotFoundError):
+        manifest.without_names(str(tmp_path / "none"))
 
 
 def test_the_same_rows_give_the_same_bytes() -> None:

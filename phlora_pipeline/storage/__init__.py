@@ -4,27 +4,34 @@ An object store is not a file system, and this module does not pretend otherwise
 inside `open("wb")` would publish half an object, and a buffered reader would mix an object with its replacement. What
 there is instead:
 
-- `list_folder`, `stat`: what lies where, with an `etag` that names the content;
+- `list_folder`, `list_folders`, `list_tree`, `stat`: what lies where, with an `etag` that names the content;
 - `read_ranges`: bytes of planned objects into the caller's memory; a replaced object raises `SourceChangedError`;
-- `put_new`: an object appears whole, or not at all, and never over another one.
+- `put_new`: an object appears whole, or not at all, and never over another one;
+- `swap`: the few pointers that change are replaced whole, and only by who has seen what stands there;
+- `uploads`, `clock`: what killed writers left behind, and how old it is.
 
-Three stores implement this: local files, S3 (bytes by boto3, everything else by s3fs), and, for reading, whatever
-fsspec knows. This package is the only home of fsspec, s3fs and boto3.
+Three stores implement this: local files, S3 (by boto3, with s3fs's settings), and, for reading, whatever fsspec knows. This package is the only home of fsspec, s3fs and boto3.
 """
 
-from phlora_pipeline.storage.base import ByteRange, ObjectInfo, PutOutcome, Store
+from phlora_pipeline.storage.base import ByteRange, ObjectInfo, PutOutcome, Store, Upload
 from phlora_pipeline.storage.urls import basename, join, normalize
 from phlora_pipeline.storage.verbs import (
+    abort_upload,
+    clock,
     delete,
     drop_empty_folder,
     free_bytes,
     list_folder,
+    list_folders,
+    list_tree,
     put_new,
     read_object,
     read_ranges,
     require_writable,
     sha256,
     stat,
+    swap,
+    uploads,
 )
 
 __all__ = [
@@ -32,12 +39,17 @@ __all__ = [
     "ObjectInfo",
     "PutOutcome",
     "Store",
+    "Upload",
+    "abort_upload",
     "basename",
+    "clock",
     "delete",
     "drop_empty_folder",
     "free_bytes",
     "join",
     "list_folder",
+    "list_folders",
+    "list_tree",
     "normalize",
     "put_new",
     "read_object",
@@ -45,4 +57,6 @@ __all__ = [
     "require_writable",
     "sha256",
     "stat",
+    "swap",
+    "uploads",
 ]

@@ -21,11 +21,31 @@ class ObjectInfo:
         url: absolute, in the form that the store takes back.
         size: in bytes.
         etag: names the content, in the store's own terms: S3's ETag; for a local file size, mtime and inode.
+        modified: when it was last written, in seconds since the epoch by the store's clock; 0 where it does not tell. Says
+            nothing of the content, and so takes no part in comparisons.
     """
 
     url: str
     size: int
     etag: str
+    modified: float = field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A write that was begun, and neither finished nor given up: invisible to readers, but it takes space.
+
+    Attributes:
+        url: of the object that it would have become.
+        id: what the store calls it: S3's upload id; of a local file the temporary file's name.
+        started: when it began, in seconds since the epoch by the store's clock (locally: when it last grew).
+        size: bytes that are stored by now.
+    """
+
+    url: str
+    id: str
+    started: float
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +74,12 @@ class Store(Protocol):
     def list_folder(self, url: str) -> list[ObjectInfo]:
         """Objects directly in a folder, by name; empty where there is no such folder."""
 
+    def list_folders(self, url: str) -> list[str]:
+        """URLs of the folders directly in a folder, by name."""
+
+    def list_tree(self, url: str) -> list[ObjectInfo]:
+        """Objects in a folder and in all folders below it, by URL."""
+
     def stat(self, url: str) -> ObjectInfo | None:
         """One object, or None where there is none."""
 
@@ -63,11 +89,23 @@ class Store(Protocol):
     def put_new(self, url: str, chunks: Chunks, size: int) -> PutOutcome:
         """Create the object whole, only if there is none."""
 
+    def swap(self, url: str, data: bytes, expected: ObjectInfo | None) -> bool:
+        """Replace a small object whole, only if it still is `expected`, or create it, only if there is none."""
+
     def delete(self, url: str) -> None:
         """Remove the object; no error where there is none."""
 
     def drop_empty_folder(self, url: str) -> None:
         """Remove a folder that holds nothing any more; stores without folders have nothing to do."""
+
+    def uploads(self, url: str) -> list[Upload]:
+        """Writes below a folder that nobody has finished."""
+
+    def abort_upload(self, upload: Upload) -> None:
+        """Give such a write up; no error where it is finished or gone by now."""
+
+    def clock(self, url: str) -> float:
+        """What time it is by the clock that dates the objects, in seconds since the epoch."""
 
     def require_writable(self, url: str) -> None:
         """Raise where a write under `url` is known to be impossible, as far as can be told without writing."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import email.utils
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ from phlora_pipeline.errors import (
     UnsupportedStoreError,
     one_line,
 )
-from phlora_pipeline.storage.base import ByteRange, Chunks, ObjectInfo, PutOutcome
+from phlora_pipeline.storage.base import ByteRange, Chunks, ObjectInfo, PutOutcome, Upload
 from phlora_pipeline.storage.local import changed
 
 _IDENTITY = (
@@ -39,6 +40,7 @@ _IDENTITY = (
     "Last-Modified",
     "created",
 )
+_MODIFIED = ("LastModified", "last_modified", "Last-Modified", "updated", "mtime", "created")
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure", "hf": "hf"}
 
 
@@ -62,19 +64,17 @@ class FsspecStore:
             ) from error
 
     def list_folder(self, url: str) -> list[ObjectInfo]:
+        return self._infos(url, self._entries(url))
+
+    def list_folders(self, url: str) -> list[str]:
+        names = [entry["name"] for entry in self._entries(url) if entry["type"] == "directory"]
+        found = {str(self._fs.unstrip_protocol(name)).rstrip("/") for name in names}
+        return sorted(found - {url})
+
+    def list_tree(self, url: str) -> list[ObjectInfo]:
         with self._errors(url):
-            try:
-                entries = self._fs.ls(self._path(url), detail=True)
-            except (FileNotFoundError, NotADirectoryError):
-                return []
-            # A web server's listing has names only.
-            files = [
-                entry if entry.get("size") is not None else self._fs.info(entry["name"])
-                for entry in entries
-                if entry["type"] == "file"
-            ]
-        found = [self._info(entry) for entry in files]
-        return sorted((info for info in found if info.url != url), key=lambda info: info.url)
+            entries = list(self._fs.find(self._path(url), detail=True).values())
+        return self._infos(url, entries)
 
     def stat(self, url: str) -> ObjectInfo | None:
         with self._errors(url):
@@ -100,6 +100,18 @@ class FsspecStore:
     def put_new(self, url: str, chunks: Chunks, size: int) -> PutOutcome:
         raise self._read_only(url)
 
+    def swap(self, url: str, data: bytes, expected: ObjectInfo | None) -> bool:
+        raise self._read_only(url)
+
+    def uploads(self, url: str) -> list[Upload]:
+        raise self._read_only(url)
+
+    def abort_upload(self, upload: Upload) -> None:
+        raise self._read_only(upload.url)
+
+    def clock(self, url: str) -> float:
+        raise self._read_only(url)
+
     def delete(self, url: str) -> None:
         raise self._read_only(url)
 
@@ -112,6 +124,24 @@ class FsspecStore:
     def free_bytes(self, url: str) -> int | None:
         return None
 
+    def _entries(self, url: str) -> list[dict[str, Any]]:
+        with self._errors(url):
+            try:
+                return list(self._fs.ls(self._path(url), detail=True))
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+    def _infos(self, url: str, entries: list[dict[str, Any]]) -> list[ObjectInfo]:
+        with self._errors(url):
+            # A web server's listing has names only.
+            files = [
+                entry if entry.get("size") is not None else self._fs.info(entry["name"])
+                for entry in entries
+                if entry["type"] == "file"
+            ]
+        found = [self._info(entry) for entry in files]
+        return sorted((info for info in found if info.url != url), key=lambda info: info.url)
+
     def _path(self, url: str) -> str:
         return str(self._fs._strip_protocol(url))  # noqa: SLF001  # fsspec's own name for its public service
 
@@ -119,8 +149,12 @@ class FsspecStore:
         found = next((entry[key] for key in _IDENTITY if entry.get(key)), "")
         # The same moment is a number in one store's listing, and a datetime in its stat.
         identity = found.timestamp() if isinstance(found, dt.datetime) else found
+        modified = next((entry[key] for key in _MODIFIED if entry.get(key)), None)
         return ObjectInfo(
-            self._fs.unstrip_protocol(entry["name"]), int(entry["size"] or 0), f"{entry['size']}-{identity}"
+            self._fs.unstrip_protocol(entry["name"]),
+            int(entry["size"] or 0),
+            f"{entry['size']}-{identity}",
+            _seconds(modified),
         )
 
     def _read_only(self, url: str) -> PhloraError:
@@ -145,3 +179,15 @@ class FsspecStore:
             ) from error
         except Exception as error:  # every fsspec file system raises its own client's errors
             raise StorageError(f"{url}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _seconds(moment: object) -> float:
+    """Since the epoch, of a moment in whatever form a client tells it; 0 where it is in none that is known."""
+    if isinstance(moment, dt.datetime):
+        return moment.timestamp()
+    if isinstance(moment, int | float):
+        return float(moment)
+    for parse in (dt.datetime.fromisoformat, email.utils.parsedate_to_datetime):
+        with contextlib.suppress(ValueError, TypeError):
+            return parse(str(moment)).timestamp()
+    return 0.0

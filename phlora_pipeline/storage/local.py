@@ -1,16 +1,22 @@
-"""Local files: identity by size, mtime and inode; creation by a temporary file, fsync and a hard link."""
+"""Local files: identity by size, mtime and inode; creation by a temporary file, fsync and a hard link; swaps by a lock."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import secrets
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 
 from phlora_pipeline.errors import NotFoundError, PhloraError, RequestError, SourceChangedError, StorageError
-from phlora_pipeline.storage.base import ByteRange, Chunks, ObjectInfo, PutOutcome
+from phlora_pipeline.storage.base import ByteRange, Chunks, ObjectInfo, PutOutcome, Upload
+
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}\.tmp")
 
 
 class LocalStore:
@@ -30,6 +36,24 @@ class LocalStore:
                     if entry.is_file():
                         found.append(_info(entry.path, entry.stat()))
             return found
+
+    def list_folders(self, url: str) -> list[str]:
+        with _errors(url):
+            try:
+                return sorted(entry.path for entry in os.scandir(url) if os.path.isdir(entry.path))
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+    def list_tree(self, url: str) -> list[ObjectInfo]:
+        found = []
+        with _errors(url):
+            for folder, _, names in os.walk(url, onerror=_raise_unless_gone):
+                for name in names:
+                    path = os.path.join(folder, name)
+                    if os.path.isfile(path):
+                        with contextlib.suppress(FileNotFoundError):
+                            found.append(_info(path, os.stat(path)))
+        return sorted(found, key=lambda info: info.url)
 
     def stat(self, url: str) -> ObjectInfo | None:
         with _errors(url):
@@ -52,8 +76,7 @@ class LocalStore:
             raise changed(piece.url, piece.etag, seen)
 
     def put_new(self, url: str, chunks: Chunks, size: int) -> PutOutcome:
-        folder, name = os.path.split(url)
-        temporary = os.path.join(folder, f".{name}.{secrets.token_hex(6)}.tmp")
+        folder, temporary = os.path.dirname(url), _temporary(url)
         with _errors(url):
             os.makedirs(folder, exist_ok=True)
             try:
@@ -66,6 +89,37 @@ class LocalStore:
                     os.unlink(temporary)
             _sync_folder(folder)
         return "created"
+
+    def swap(self, url: str, data: bytes, expected: ObjectInfo | None) -> bool:
+        if expected is None:
+            return self.put_new(url, lambda: iter([data]), len(data)) == "created"
+        if (seen := self.stat(url)) is None or seen.etag != expected.etag:
+            return False
+        folder, name = os.path.split(url)
+        with _errors(url), _locked(os.path.join(folder, f".{name}.lock")):
+            return _replace(url, data, expected.etag)
+
+    def uploads(self, url: str) -> list[Upload]:
+        found = []
+        for info in self.list_tree(url):
+            folder, name = os.path.split(info.url)
+            if target := _TEMPORARY.fullmatch(name):
+                found.append(Upload(os.path.join(folder, target[1]), name, info.modified, info.size))
+        return found
+
+    def abort_upload(self, upload: Upload) -> None:
+        assert _TEMPORARY.fullmatch(upload.id), f"not a temporary file's name: {upload.id!r}"
+        self.delete(os.path.join(os.path.dirname(upload.url), upload.id))
+
+    def clock(self, url: str) -> float:
+        # A file server dates files by its own clock; where nothing may be written, this machine's has to do.
+        try:
+            with tempfile.TemporaryFile(dir=_existing_parent(url)) as probe:
+                probe.write(b"?")
+                probe.flush()
+                return os.fstat(probe.fileno()).st_mtime
+        except OSError:
+            return time.time()
 
     def delete(self, url: str) -> None:
         with _errors(url), contextlib.suppress(FileNotFoundError):
@@ -103,7 +157,65 @@ def _etag(found: os.stat_result) -> str:
 
 
 def _info(path: str, found: os.stat_result) -> ObjectInfo:
-    return ObjectInfo(path, found.st_size, _etag(found))
+    return ObjectInfo(path, found.st_size, _etag(found), found.st_mtime)
+
+
+def _temporary(path: str) -> str:
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.{secrets.token_hex(6)}.tmp")
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """What vanishes during a walk is not there; what cannot be looked into must not count as empty."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Hold a lock file, and leave none behind. Who gets the lock of a file that was removed meanwhile holds nothing."""
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not _is_at(path, descriptor):
+                continue
+            try:
+                yield
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(path: str, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _replace(url: str, data: bytes, etag: str) -> bool:
+    temporary = _temporary(url)
+    try:
+        seen = os.stat(url)
+        if _etag(seen) != etag:
+            return False
+        _write_durably(temporary, lambda: iter([data]))
+        # File systems use inodes again and clocks tick in milliseconds: unless each version is younger than the one before
+        # it, the next but one could pass for the one that somebody has seen.
+        if os.stat(temporary).st_mtime_ns <= seen.st_mtime_ns:
+            os.utime(temporary, ns=(seen.st_mtime_ns + 1, seen.st_mtime_ns + 1))
+        os.replace(temporary, url)
+    except FileNotFoundError:
+        return False
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    _sync_folder(os.path.dirname(url))
+    return True
 
 
 def _existing_parent(path: str) -> str:

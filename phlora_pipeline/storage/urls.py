@@ -46,3 +46,13 @@ def join(folder: str, *names: str) -> str:
 def basename(url: str) -> str:
     """The last component."""
     return url.rstrip("/").rpartition("/")[2]
+
+
+def bucket_and_key(url: str) -> tuple[str, str]:
+    """What S3 calls them; the key is empty for a bucket itself.
+
+    >>> bucket_and_key("s3://models/base/config.json"), bucket_and_key("s3://models")
+    (('models', 'base/config.json'), ('models', ''))
+    """
+    bucket, _, key = url.partition("://")[2].rstrip("/").partition("/")
+    return bucket, key

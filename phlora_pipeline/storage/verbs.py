@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 from phlora_pipeline.errors import NotFoundError
-from phlora_pipeline.storage.base import ByteRange, Chunks, ObjectInfo, PutOutcome, Store
+from phlora_pipeline.storage.base import ByteRange, Chunks, ObjectInfo, PutOutcome, Store, Upload
 from phlora_pipeline.storage.urls import scheme
 
 READ_THREADS = 16
@@ -45,6 +45,16 @@ def _store_of(url: str) -> Store:
 def list_folder(url: str) -> list[ObjectInfo]:
     """Objects directly in a folder, by name; empty where there is no such folder."""
     return _store_of(url).list_folder(url)
+
+
+def list_folders(url: str) -> list[str]:
+    """URLs of the folders directly in a folder, by name; empty where there is no such folder."""
+    return _store_of(url).list_folders(url)
+
+
+def list_tree(url: str) -> list[ObjectInfo]:
+    """Objects in a folder and in all folders below it, by URL; locally, links to folders are not followed."""
+    return _store_of(url).list_tree(url)
 
 
 def stat(url: str) -> ObjectInfo | None:
@@ -123,6 +133,30 @@ def put_new(url: str, body: bytes | Chunks, *, size: int | None = None) -> PutOu
         return _store_of(url).put_new(url, lambda: iter([data]), len(data))
     assert size is not None, "a streamed body needs its size"
     return _store_of(url).put_new(url, body, size)
+
+
+def swap(url: str, data: bytes, expected: ObjectInfo | None) -> bool:
+    """Compare and swap: replace a small object whole, only if it still is `expected` (None: only if there is none).
+
+    True means that this call has put `data`; somebody may have replaced it since. A lost answer is no lost race: what is
+    there is read back and compared, so two callers who put equal bytes over a broken connection may both be told True.
+    """
+    return _store_of(url).swap(url, data, expected)
+
+
+def uploads(url: str) -> list[Upload]:
+    """Writes below a folder that nobody has finished: of running writers, and of those that were killed."""
+    return _store_of(url).uploads(url)
+
+
+def abort_upload(upload: Upload) -> None:
+    """Give such a write up; no error where it is finished or gone by now."""
+    _store_of(upload.url).abort_upload(upload)
+
+
+def clock(url: str) -> float:
+    """What time it is by the clock that dates the objects of a store: what an age is measured by."""
+    return _store_of(url).clock(url)
 
 
 def delete(url: str) -> None:

@@ -1,0 +1,147 @@
+"""The actors of a run on Ray: workers in numbered slots, replaced when they die, and desks where jobs are done beside them.
+
+Ray itself comes from `driver`, its home.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import torch
+
+from phlora_pipeline.engine import Job, Resources, outcome_of
+from phlora_pipeline.errors import DeviceError
+from phlora_pipeline.plan import Task
+
+NODE_SECONDS = 2.0
+"""How long a dead worker's node is watched, to tell a lost node from a deadly task."""
+
+WORKERS_PER_DESK = 8
+
+
+class Pool:
+    """Numbered slots, each with an actor that is replaced when it dies."""
+
+    def __init__(self, ray: Any, resources: Resources, worker: type) -> None:
+        """On the cluster as it is now.
+
+        Args:
+            ray: the module, connected.
+            resources: of every actor.
+            worker: its class, with `prepare(device, threads)` → node id, and `run(task, prefetch)`.
+
+        Raises:
+            DeviceError: there is nothing that a worker could run on, and no number of workers to wait for.
+        """
+        self._ray, self._resources = ray, resources
+        gpus, cpus = self._there()
+        self._on_gpu = resources.device != "cpu" and (gpus > 0 or resources.device.startswith("cuda"))
+        self.wish = f"{resources.gpus:g} GPU" if self._on_gpu else f"{resources.threads} processors"
+        if not resources.workers and not self._fit():
+            raise DeviceError(
+                f"the Ray cluster has {gpus:g} GPUs and {cpus:g} processors; one worker asks for {self.wish}",
+                remedy="lower --threads, use --device cpu, or say how many --workers to wait for while nodes come",
+            )
+        wanted = {"num_gpus": resources.gpus} if self._on_gpu else {"num_cpus": resources.threads}
+        # max_restarts=0: an actor that died is replaced by the driver, which knows whose fault it was.
+        self._actor = ray.remote(max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD", **wanted)(worker)
+        # Beside actors that take all processors it would never be given one.
+        self._desk = ray.remote(
+            max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD", num_cpus=1 if self._on_gpu else 0
+        )(Desk)  # fmt: skip
+        self._desks: dict[int, Any] = {}
+        self._actors: dict[int, Any] = {}
+        self._nodes: dict[int, str] = {}
+
+    @property
+    def size(self) -> int:
+        """Slots, started or not."""
+        return len(self._actors)
+
+    @property
+    def started(self) -> list[int]:
+        """Slots whose actors can take tasks."""
+        return list(self._nodes)
+
+    def wanted(self) -> int:
+        """How many slots there should be: what the user says, or what fits; one, to be waited for, where nothing does."""
+        return self._resources.workers or max(self._fit(), 1)
+
+    def start(self, slot: int) -> Any:
+        """Give the slot a new actor; the call that is returned ends when it is ready."""
+        self._kill(slot)
+        self._actors[slot] = self._actor.remote()
+        device = "cuda" if self._on_gpu else "cpu"
+        return self._actors[slot].prepare.remote(device, self._resources.threads)
+
+    def ready(self, slot: int, node: str) -> None:
+        """Its actor has started there."""
+        self._nodes[slot] = node
+
+    def run(self, slot: int, task: Task, prefetch: Task | None) -> Any:
+        """Give the slot's actor a task."""
+        return self._actors[slot].run.remote(task, prefetch)
+
+    @property
+    def desks(self) -> int:
+        """How many jobs are done at once: each takes a processor, and memory."""
+        return 1 + self.size // WORKERS_PER_DESK
+
+    def run_job(self, desk: int, job: Job) -> Any:
+        """At a numbered desk, somewhere in the cluster, which is opened when it is first needed."""
+        if desk not in self._desks:
+            self._desks[desk] = self._desk.remote(self._resources.threads)
+        return self._desks[desk].run.remote(job)
+
+    def close_desk(self, desk: int) -> None:
+        """Its process is gone, or will be."""
+        with contextlib.suppress(Exception):
+            self._ray.kill(self._desks.pop(desk))
+
+    def node_is_gone(self, slot: int) -> bool:
+        """Whether the node of the slot's last actor has left the cluster; Ray takes some seconds to notice."""
+        node = self._nodes.get(slot)
+        if node is None:
+            return False
+        deadline = time.monotonic() + NODE_SECONDS
+        while True:
+            if node not in {found["NodeID"] for found in self._ray.nodes() if found["Alive"]}:
+                return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+
+    def close(self) -> None:
+        """End all actors."""
+        for slot in list(self._actors):
+            self._kill(slot)
+        for desk in list(self._desks):
+            self.close_desk(desk)
+
+    def _there(self) -> tuple[float, float]:
+        available = self._ray.cluster_resources()
+        return available.get("GPU", 0), available.get("CPU", 0)
+
+    def _fit(self) -> int:
+        gpus, cpus = self._there()
+        return int(gpus / self._resources.gpus) if self._on_gpu else int(cpus // self._resources.threads)
+
+    def _kill(self, slot: int) -> None:
+        actor = self._actors.pop(slot, None)
+        self._nodes.pop(slot, None)
+        if actor is not None:
+            with contextlib.suppress(Exception):
+                self._ray.kill(actor)
+
+
+class Desk:
+    """Where jobs are done one after another: a process that has torch loaded already."""
+
+    def __init__(self, threads: int) -> None:
+        torch.set_num_threads(threads)  # sums may depend on it, and with them a manifest's last digits
+
+    def run(self, job: Job) -> Any:
+        """Its answer, or the exception that it raised."""
+        return outcome_of(job)

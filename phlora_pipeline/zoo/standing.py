@@ -1,0 +1,135 @@
+"""Where every model stands tonight: from listings and small files alone, no header and no tensor is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from phlora_pipeline import checkpoint
+from phlora_pipeline.config import read_profile
+from phlora_pipeline.errors import IncompleteError, RequestError, SourceChangedError
+from phlora_pipeline.plan import NUMERICS_REVISION
+from phlora_pipeline.zoo.catalog import Entry
+from phlora_pipeline.zoo.state import Attempt, Ledger, Outcome
+from phlora_pipeline.zoofile import ExtractSettings
+
+State = Literal["published", "unchanged", "due", "incomplete", "quarantined", "blocked"]
+"""`published`, `unchanged`: settled, the latter without an adapter, since nothing differs from the base. `due`: to be
+converted. `incomplete`: its upload has not ended, it waits. `quarantined`: it has failed twice, and waits for other sources or
+`phlora retry`. `blocked`: it cannot be tried: no base, or a base that cannot be read."""
+
+_LOOKERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A model tonight.
+
+    Attributes:
+        entry: of the catalog.
+        state: see `State`.
+        request: digest of what is asked: both checkpoints as they are listed, and the settings; empty where that is not known.
+        reason, remedy: in words; empty where there is nothing to say.
+        since: when it came to be so, ISO 8601 in UTC; empty where that is not recorded.
+        outcome: of the request, where it is settled.
+        attempts: vain ones at the request.
+    """
+
+    entry: Entry
+    state: State
+    request: str = ""
+    reason: str = ""
+    remedy: str = ""
+    since: str = ""
+    outcome: Outcome | None = None
+    attempts: tuple[Attempt, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A checkpoint's fingerprint, or why there is none."""
+
+    fingerprint: str = ""
+    error: RequestError | SourceChangedError | None = None
+
+
+def standings(entries: Iterable[Entry], ledger: Ledger) -> list[Standing]:
+    """Where each entry stands, in the order given.
+
+    Raises:
+        CredentialsError, StorageError: no model can be blamed for these.
+    """
+    entries = list(entries)
+    bases = sorted({entry.base_url for entry in entries if not entry.problem})
+    with ThreadPoolExecutor(_LOOKERS, thread_name_prefix="phlora-look") as pool:
+        seen = dict(zip(bases, pool.map(_look, bases), strict=True))
+        tuned = list(pool.map(lambda entry: _Seen() if entry.problem else _look(entry.url), entries))
+    ledger.open(entry.id for entry in entries)
+    return [_standing(entry, seen, found, ledger) for entry, found in zip(entries, tuned, strict=True)]
+
+
+def request_id(base: str, tuned: str, settings: ExtractSettings, base_name: str) -> str:
+    """The digest of what is asked of a model.
+
+    Args:
+        base, tuned: fingerprints by `checkpoint.look`: of contents, so that moving a checkpoint asks for nothing new.
+        settings: all of the model's.
+        base_name: what the adapter will call its base.
+    """
+    asked = {
+        "base": base,
+        "tuned": tuned,
+        "settings": {name: value for name, value in settings if name not in {"preset", "profile"}},
+        "profile": asdict(read_profile(settings.profile)) if settings.profile else None,  # by what it says
+        "base_name": base_name,
+        "numerics": NUMERICS_REVISION,
+    }
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _look(url: str) -> _Seen:
+    try:
+        return _Seen(checkpoint.look(url))
+    except (RequestError, SourceChangedError) as error:
+        return _Seen(error=error)
+
+
+def _standing(entry: Entry, bases: Mapping[str, _Seen], tuned: _Seen, ledger: Ledger) -> Standing:
+    if entry.problem:
+        return Standing(entry, "blocked", reason=entry.problem)
+    base = bases[entry.base_url]
+    if base.error is not None:
+        waits = isinstance(base.error, IncompleteError | SourceChangedError)
+        return Standing(
+            entry, "incomplete" if waits else "blocked", reason=f"its base: {base.error.what}", remedy=base.error.remedy
+        )
+    if tuned.error is not None:
+        waits = isinstance(tuned.error, IncompleteError | SourceChangedError)
+        return Standing(entry, "incomplete" if waits else "blocked", reason=tuned.error.what, remedy=tuned.error.remedy)
+    request = request_id(base.fingerprint, tuned.fingerprint, entry.settings, entry.base_name)
+    outcome, attempts = ledger.outcome(entry.id, request), ledger.attempts(entry.id, request)
+    last = attempts[-1] if attempts else None
+    if outcome is not None:
+        state: State = "published" if outcome.outcome == "committed" else "unchanged"
+        return Standing(entry, state, request, since=outcome.ended, outcome=outcome, attempts=attempts)
+    if ledger.quarantined(entry.id, request) and last is not None:
+        remedy = f"{last.remedy}; then replace the checkpoint, or: phlora retry" if last.remedy else "phlora retry"
+        return Standing(
+            entry, "quarantined", request, last.reason, f"{remedy} ZOO {entry.id}", last.ended, None, attempts
+        )
+    why = _why_due(ledger, entry.id, last)
+    return Standing(entry, "due", request, why, since=last.ended if last else "", attempts=attempts)
+
+
+def _why_due(ledger: Ledger, model: str, last: Attempt | None) -> str:
+    if last is not None:
+        told = "failed" if last.kind == "failed" else "its source changed while it was read"
+        return f"tried before, {told}: {last.reason}"
+    before = ledger.latest_outcome(model)
+    if before is None:
+        return "new"
+    return f"the base, the checkpoint or the settings are others than on {before.ended[:10]}"
