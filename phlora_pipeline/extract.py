@@ -73,7 +73,7 @@ class TaskReport:
         nbytes: tensor bytes read.
         seconds: wall time of the call.
         waited: seconds of it that the device waited for bytes.
-        worker: host and process.
+        worker: host, process and device.
     """
 
     task: str
@@ -139,7 +139,9 @@ class Worker:
         elif pending:
             nbytes = self._resident(task, pending, prefetch, done)
         blocks = tuple(done[member.part_url] for member in task.members)
-        return TaskReport(task.id, blocks, nbytes, time.monotonic() - began, self._reader.waited - waited, _NAME)
+        return TaskReport(
+            task.id, blocks, nbytes, time.monotonic() - began, self._reader.waited - waited, f"{_NAME} {self.device}"
+        )
 
     def _resident(
         self, task: Task, pending: Sequence[Member], prefetch: Task | None, done: dict[str, BlockReport]

@@ -38,6 +38,8 @@ class Pool:
         self._ray, self._resources = ray, resources
         gpus, cpus = self._there()
         self._on_gpu = resources.device != "cpu" and (gpus > 0 or resources.device.startswith("cuda"))
+        # What asks for no device by name takes what its slot has: a node that says it has GPUs may have no CUDA in its torch.
+        self._device = resources.device.partition(":")[0] if self._on_gpu else "cpu"
         self.wish = f"{resources.gpus:g} GPU" if self._on_gpu else f"{resources.threads} processors"
         if not resources.workers and not self._fit():
             raise DeviceError(
@@ -73,8 +75,7 @@ class Pool:
         """Give the slot a new actor; the call that is returned ends when it is ready."""
         self._kill(slot)
         self._actors[slot] = self._actor.remote()
-        device = "cuda" if self._on_gpu else "cpu"
-        return self._actors[slot].prepare.remote(device, self._resources.threads)
+        return self._actors[slot].prepare.remote(self._device, self._resources.threads)
 
     def ready(self, slot: int, node: str) -> None:
         """Its actor has started there."""

@@ -175,4 +175,4 @@ def _night(tasks: Sequence[Task], solver: Solver, profile: Profile, cluster: Clu
     share = cluster.node_read_rate / cluster.gpus_per_node
     # A worker reads while it computes: a task takes the longer of the two.
     each = [max(_seconds(task, solver, profile), task.nbytes / share) for task in tasks]
-    return max(sum(each) / cluster.workers, max(each))
+    return max(sum(each) / cluster.workers, *each)

@@ -18,7 +18,7 @@ from phlora_pipeline.zoo import state
 from phlora_pipeline.zoo.prepare import Ready, plan_one
 from phlora_pipeline.zoo.publish import Publish, Published
 from phlora_pipeline.zoo.result import ModelResult, Observer
-from phlora_pipeline.zoo.standing import Standing, request_id
+from phlora_pipeline.zoo.standing import Standing, asked_of, request_id
 from phlora_pipeline.zoofile import ZooConfig
 
 _TRIES = 2
@@ -158,7 +158,7 @@ class Lead:
         began = self._run.began.isoformat(timespec="microseconds")
         entry = model.standing.entry
         return Publish(
-            model.id, entry.base_id, model.standing.request, model.config, model.prepared, lost, self._config.output, self._run.url, began
+            model.id, entry.base_id, model.standing.request, model.standing.asked, model.config, model.prepared, lost, self._config.output, self._run.url, began
         )  # fmt: skip
 
     def _begin_again(self, model: str, error: PhloraError, queue: Dispatcher[Any]) -> None:
@@ -185,7 +185,8 @@ class Lead:
             base, tuned = checkpoint.look(entry.base_url), checkpoint.look(entry.url)
         except PhloraError:  # planning will say it
             return standing
-        return replace(standing, request=request_id(base, tuned, entry.settings, entry.base_name))
+        asked = asked_of(base, tuned, entry.settings, entry.base_name)
+        return replace(standing, request=request_id(asked), asked=asked)
 
     def _attempt(self, standing: Standing, kind: Any, reason: str, remedy: str) -> None:
         run = self._run.url.rpartition("/")[2]

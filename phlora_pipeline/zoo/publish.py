@@ -44,7 +44,7 @@ class Publish:
     Attributes:
         model: its id in the zoo.
         base_id: of its base.
-        request: what was asked.
+        request, asked: what was asked.
         config: with the version's folder as `out`.
         prepared: its plan.
         lost: part URL → reason, of its blocks that were given up.
@@ -56,6 +56,7 @@ class Publish:
     model: str
     base_id: str
     request: str
+    asked: Mapping[str, str]
     config: RunConfig
     prepared: Prepared
     lost: Mapping[str, str]
@@ -82,6 +83,7 @@ class Publish:
             self.run_url.rpartition("/")[2],
             layout.utc_now(),
             {**summary, "adapter_bytes": concluded.adapter_bytes, "rank": concluded.plan.written_rank},
+            self.asked,
         )
         standing = state.record_outcome(self.out, self.model, record)
         return Published(self.model, standing, concluded.warnings, concluded.adapter_bytes, moved)

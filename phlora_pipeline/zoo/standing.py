@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from phlora_pipeline import checkpoint
@@ -37,6 +37,7 @@ class Standing:
         since: when it came to be so, ISO 8601 in UTC; empty where that is not recorded.
         outcome: of the request, where it is settled.
         attempts: vain ones at the request.
+        asked: what the request is the digest of.
     """
 
     entry: Entry
@@ -47,6 +48,7 @@ class Standing:
     since: str = ""
     outcome: Outcome | None = None
     attempts: tuple[Attempt, ...] = ()
+    asked: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,23 +74,31 @@ def standings(entries: Iterable[Entry], ledger: Ledger) -> list[Standing]:
     return [_standing(entry, seen, found, ledger) for entry, found in zip(entries, tuned, strict=True)]
 
 
-def request_id(base: str, tuned: str, settings: ExtractSettings, base_name: str) -> str:
-    """The digest of what is asked of a model.
+def asked_of(base: str, tuned: str, settings: ExtractSettings, base_name: str) -> dict[str, str]:
+    """What is asked of a model: digests of contents, so that moving a checkpoint asks for nothing new.
 
     Args:
-        base, tuned: fingerprints by `checkpoint.look`: of contents, so that moving a checkpoint asks for nothing new.
+        base, tuned: fingerprints by `checkpoint.look`.
         settings: all of the model's.
         base_name: what the adapter will call its base.
     """
-    asked = {
+    chosen: dict[str, object] = {name: value for name, value in settings if name not in {"preset", "profile"}}
+    profile = asdict(read_profile(settings.profile)) if settings.profile else None  # by what it says
+    return {
         "base": base,
-        "tuned": tuned,
-        "settings": {name: value for name, value in settings if name not in {"preset", "profile"}},
-        "profile": asdict(read_profile(settings.profile)) if settings.profile else None,  # by what it says
-        "base_name": base_name,
-        "numerics": NUMERICS_REVISION,
+        "checkpoint": tuned,
+        "settings": _digest({**chosen, "profile": profile, "base_name": base_name}),
+        "revision of the numerics": str(NUMERICS_REVISION),
     }
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def request_id(asked: Mapping[str, str]) -> str:
+    """The digest of all that is asked."""
+    return _digest(dict(asked))
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _look(url: str) -> _Seen:
@@ -110,26 +120,27 @@ def _standing(entry: Entry, bases: Mapping[str, _Seen], tuned: _Seen, ledger: Le
     if tuned.error is not None:
         waits = isinstance(tuned.error, IncompleteError | SourceChangedError)
         return Standing(entry, "incomplete" if waits else "blocked", reason=tuned.error.what, remedy=tuned.error.remedy)
-    request = request_id(base.fingerprint, tuned.fingerprint, entry.settings, entry.base_name)
+    asked = asked_of(base.fingerprint, tuned.fingerprint, entry.settings, entry.base_name)
+    request = request_id(asked)
     outcome, attempts = ledger.outcome(entry.id, request), ledger.attempts(entry.id, request)
     last = attempts[-1] if attempts else None
     if outcome is not None:
         state: State = "published" if outcome.outcome == "committed" else "unchanged"
-        return Standing(entry, state, request, since=outcome.ended, outcome=outcome, attempts=attempts)
+        return Standing(entry, state, request, since=outcome.ended, outcome=outcome, attempts=attempts, asked=asked)
     if ledger.quarantined(entry.id, request) and last is not None:
         remedy = f"{last.remedy}; then replace the checkpoint, or: phlora retry" if last.remedy else "phlora retry"
         return Standing(
             entry, "quarantined", request, last.reason, f"{remedy} ZOO {entry.id}", last.ended, None, attempts
         )
-    why = _why_due(ledger, entry.id, last)
-    return Standing(entry, "due", request, why, since=last.ended if last else "", attempts=attempts)
+    why = _why_due(ledger.latest_outcome(entry.id), asked, last)
+    return Standing(entry, "due", request, why, since=last.ended if last else "", attempts=attempts, asked=asked)
 
 
-def _why_due(ledger: Ledger, model: str, last: Attempt | None) -> str:
+def _why_due(before: Outcome | None, asked: Mapping[str, str], last: Attempt | None) -> str:
     if last is not None:
         told = "failed" if last.kind == "failed" else "its source changed while it was read"
         return f"tried before, {told}: {last.reason}"
-    before = ledger.latest_outcome(model)
     if before is None:
         return "new"
-    return f"the base, the checkpoint or the settings are others than on {before.ended[:10]}"
+    others = [name for name, digest in asked.items() if before.asked.get(name) != digest]
+    return f"changed since {before.ended[:10]}: {', '.join(others) or 'what is asked'}"

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 from phlora_pipeline import storage
@@ -46,6 +46,7 @@ class Outcome:
         run: that settled it.
         ended: when, ISO 8601 in UTC.
         summary: of the manifest's rows.
+        asked: what the request's digest is of, each by a digest of its own: what is another one tells why a model is due again.
     """
 
     request: str
@@ -54,6 +55,7 @@ class Outcome:
     run: str
     ended: str
     summary: Mapping[str, Any]
+    asked: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,8 +251,10 @@ def _parsed(data: bytes, kind: type[Record]) -> Record | None:
         layout.moment(values["ended"])
     except (ValueError, KeyError, TypeError):
         return None
-    texts = (value for name, value in values.items() if name not in {"summary", "number"})
-    plain = all(isinstance(value, str) for value in texts) and isinstance(values.get("summary", {}), dict)
+    texts = (value for name, value in values.items() if name not in {"summary", "asked", "number"})
+    plain = all(isinstance(value, str) for value in texts) and all(
+        isinstance(values.get(name, {}), dict) for name in ("summary", "asked")
+    )
     known = values.get("outcome", "committed") in _OUTCOMES and values.get("kind", "failed") in _KINDS
     return kind(**values) if plain and known else None
 
