@@ -6,6 +6,7 @@ the current one; that is a hint, and changes no result.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import socket
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from phlora_pipeline import lowrank, parts, storage
+from phlora_pipeline import lowrank, parts
 from phlora_pipeline.checkpoint import TensorRef
 from phlora_pipeline.errors import DeviceError, NotFoundError, PhloraError, SourceChangedError
 from phlora_pipeline.machine import has_bfloat16_units
@@ -130,8 +131,9 @@ class Worker:
         """
         began, done = time.monotonic(), dict[str, BlockReport]()
         for member in task.members:
-            if storage.stat(member.part_url) is not None:
-                done[member.part_url] = _report(member, list(parts.load(member.part_url).results.values()), reused=True)
+            with contextlib.suppress(NotFoundError):  # also where another run has published, and removed it just now
+                standing = parts.load(member.part_url).results.values()
+                done[member.part_url] = _report(member, list(standing), reused=True)
         pending = [member for member in task.members if member.part_url not in done]
         waited, nbytes = self._reader.waited, 0
         if pending and _is_streamed(task):

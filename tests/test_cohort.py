@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phlora_pipeline import extract, lowrank, parts
+from phlora_pipeline import extract, lowrank, parts, storage
 from phlora_pipeline.checkpoint import open_checkpoint
 from phlora_pipeline.errors import SourceChangedError
 from phlora_pipeline.extract import Worker
@@ -178,3 +179,24 @@ def test_a_models_factors_do_not_depend_on_who_was_before_it(zoo: Path, tmp_path
         for name, result in part.results.items():
             assert result.delta_sq == pytest.approx(float((tuned[name] - base[name]).double().square().sum()), rel=1e-6)
     assert torch.get_num_threads() >= 1
+
+
+def test_a_part_that_another_run_removes_just_now_is_made_anew(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other run has published the model meanwhile; this one need not fail of it."""
+    task = tasks(zoo, tmp_path)["a1"][0]
+    worker = Worker("cpu", 1)
+    worker.run(task)
+    part, whole = Path(task.members[0].part_url), storage.read_ranges
+    before = part.read_bytes()
+
+    def removed_first(ranges: Sequence[storage.ByteRange]) -> None:
+        if ranges[0].url == str(part):
+            part.unlink(missing_ok=True)
+        whole(ranges)
+
+    monkeypatch.setattr(storage, "read_ranges", removed_first)
+    report = worker.run(task)
+    assert not report.reused
+    assert part.read_bytes() == before
