@@ -93,8 +93,14 @@ class Reader:
             return loaded  # they go there one by one, when their turn comes
 
     def _memory(self, wanted: int) -> bytearray:
-        free = self._free.pop() if self._free else bytearray()
-        return free if len(free) >= wanted else bytearray(wanted)
+        """The smallest that does; where none does, one too small is given up for it."""
+        self._free.sort(key=len)
+        for index, memory in enumerate(self._free):
+            if len(memory) >= wanted:
+                return self._free.pop(index)
+        if self._free:
+            self._free.pop()
+        return bytearray(wanted)
 
     def _release(self, loaded: _Loaded) -> None:
         loaded.tensors.clear()
