@@ -3,8 +3,9 @@
 A free worker takes the largest task that nobody has started (Graham's longest-first rule: makespan ≤ 4/3 of the best).
 Each worker is told the task that it will probably do next, so that it can read ahead. That is a forecast, not an
 assignment: to hold a large task back for a busy worker, while the others do small ones and then wait, costs up to twice
-the best makespan. Only among tasks that are about as large does a worker get the one that it was told. A worker's death
-charges the task that it was doing and nobody else: engines that retry on their own charge innocent neighbours.
+the best makespan. So a worker gets the one that it was told while the end is far off, where the order costs nothing, and
+then only among tasks that are about as large. A worker's death charges the task that it was doing and nobody else: engines
+that retry on their own charge innocent neighbours.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from phlora_pipeline.plan import Member, Task
 W = TypeVar("W", bound=Hashable)
 
 MAX_ATTEMPTS = 2
+
+FAR_FROM_END = 2
+"""While what waits would keep every worker busy for as long as this many of the largest task, the order costs nothing."""
 
 ALIKE = 0.9
 """Costs are estimates: nine tenths of the largest counts as equally large. The bound above grows by 1/ALIKE at most."""
@@ -43,11 +47,13 @@ class Dispatcher(Generic[W]):
     lost: dict[str, str] = field(default_factory=dict)
     _waiting: list[_Entry] = field(init=False)
     _running: dict[W, Task] = field(init=False, default_factory=dict)
-    _told: dict[W, str] = field(init=False, default_factory=dict)
+    _told: dict[W, _Entry] = field(init=False, default_factory=dict)
+    _work: float = field(init=False, default=0.0)
     _attempts: dict[str, int] = field(init=False, default_factory=dict)
 
     def __post_init__(self, tasks: Iterable[Task]) -> None:
         self._waiting = sorted(map(_entry, tasks))
+        self._work = -sum(entry[1] for entry in self._waiting)
 
     @property
     def unfinished(self) -> bool:
@@ -75,7 +81,9 @@ class Dispatcher(Generic[W]):
     def add(self, tasks: Iterable[Task]) -> None:
         """More to do."""
         for task in tasks:
-            bisect.insort(self._waiting, _entry(task))
+            entry = _entry(task)
+            bisect.insort(self._waiting, entry)
+            self._work -= entry[1]
 
     def drop(self, unwanted: Callable[[Member], bool]) -> None:
         """Take members out of what is waiting: nobody wants their parts any more."""
@@ -88,19 +96,22 @@ class Dispatcher(Generic[W]):
             elif members:
                 kept.append(_entry(replace(task, members=members)))
         self._waiting = sorted(kept)
+        self._work = -sum(entry[1] for entry in self._waiting)
 
     def take(self, worker: W) -> tuple[Task, Task | None] | None:
         """The worker's next task and the forecast of the one after; None where there is nothing left for it."""
         told = self._told.pop(worker, None)
         if not self._waiting:
             return None
-        *_, task = self._waiting.pop(self._choose(told))
-        self._told = {other: block for other, block in self._told.items() if block != task.id}
+        entry = self._waiting.pop(self._choose(told))
+        self._work += entry[1]
+        task = entry[-1]
+        self._told = {other: known for other, known in self._told.items() if known is not entry}
         self._running[worker] = task
         forecast = self._forecast()
         if forecast is not None:
-            self._told[worker] = forecast.id
-        return task, forecast
+            self._told[worker] = forecast
+        return task, forecast[-1] if forecast else None
 
     def done(self, worker: W) -> Task:
         """The worker has finished its task."""
@@ -127,27 +138,31 @@ class Dispatcher(Generic[W]):
             self.lost[task.members[0].part_url] = f"{reason} ({attempts} attempts)"
         return task
 
-    def _choose(self, told: str | None) -> int:
-        """Index of a largest task: the one that the worker was told, else one that nobody was, else any."""
-        others = set(self._told.values())
+    def _choose(self, told: _Entry | None) -> int:
+        """Index of the task that the worker was told, far from the end; else of a largest: that one, one that nobody was told, any."""
         cohort, cost, *_ = self._waiting[0]
+        if told is not None and self._work > -cost * FAR_FROM_END * self.workers:
+            index = bisect.bisect_left(self._waiting, told[:3])
+            if index < len(self._waiting) and self._waiting[index] is told:
+                return index
+        others = {name for *_, name, _ in self._told.values()}
         nobodys = None
         alike = itertools.takewhile(lambda entry: entry[0] == cohort and entry[1] <= ALIKE * cost, self._waiting)
-        for index, (_, _, name, _) in enumerate(alike):
-            if name == told:
+        for index, entry in enumerate(alike):
+            if entry is told:
                 return index
-            if nobodys is None and name not in others:
+            if nobodys is None and entry[2] not in others:
                 nobodys = index
             if nobodys is not None and told is None:
                 break
         return nobodys or 0
 
-    def _forecast(self) -> Task | None:
+    def _forecast(self) -> _Entry | None:
         """The largest that nobody was told, once every idle worker has got a task and a forecast of its own."""
         idle = max(self.workers - len(self._running), 0)
-        others = set(self._told.values())
+        others = {name for *_, name, _ in self._told.values()}
         ahead = itertools.islice(self._waiting, 2 * idle, None)
-        return next((task for _, _, name, task in ahead if name not in others), None)
+        return next((entry for entry in ahead if entry[2] not in others), None)
 
 
 def _entry(task: Task) -> _Entry:

@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Any, Literal
 
@@ -68,6 +68,7 @@ def module_of(name: str) -> str:
     return name.removesuffix(".weight")
 
 
+@lru_cache(1 << 16)  # fine-tunes of one base have the same names
 def kind_of(name: str, shape: Sequence[int]) -> Kind:
     """What kind of layer a tensor belongs to.
 

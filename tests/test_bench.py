@@ -366,7 +366,7 @@ def test_the_quick_benchmark_runs_as_a_process_and_fills_the_readme(tmp_path: Pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = results.read(tmp_path / "b.json")
-    assert set(found) == {"kernels", "end-to-end", "limit", "scaling"}
+    assert set(found) == {"kernels", "end-to-end", "limit", "scaling", "ranges", "planning", "dispatch", "night"}
     assert set(found["kernels"]) == {f"{d}x{k}" for d, k in QUICK.shapes}
     for shape in found["kernels"].values():
         assert {row["rank"] for row in shape["rows"]} == set(QUICK.ranks)

@@ -14,8 +14,7 @@ from phlora_pipeline import extract, lowrank, parts, storage
 from phlora_pipeline.checkpoint import open_checkpoint
 from phlora_pipeline.errors import SourceChangedError
 from phlora_pipeline.extract import Worker
-from phlora_pipeline.plan import Plan, PlanSettings, Share, Task, cohorts, in_cohorts, make_plan
-from phlora_pipeline.plan.cohort import TASK_SECONDS
+from phlora_pipeline.plan import Plan, PlanSettings, Share, Task, in_cohorts, make_plan
 from phlora_pipeline.targets import Selection
 from tests import toys
 
@@ -83,23 +82,6 @@ def test_another_selection_makes_other_blocks_which_are_not_shared(zoo: Path, tm
     sizes = {task.block.id: [member.model for member in task.members] for task in made}
     assert ["a1", "a3x"] in [sorted(found) for found in sizes.values()]
     assert ["a3x"] in sizes.values()
-
-
-def test_auto_shares_as_far_as_time_and_workers_allow(
-    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    models = {
-        f"m{number:02d}": planned(zoo / "a", zoo / "a1", tmp_path / str(number), f"m{number:02d}").tasks
-        for number in range(12)
-    }
-    blocks = len(models["m00"])
-    assert [len(group) for group in cohorts(models, "auto", 1)] == [12 // -(-4 // blocks)] * -(-4 // blocks)
-    many = cohorts(models, "auto", 3 * blocks)  # twelve cohorts' worth of workers: one model each
-    assert [len(group) for group in many] == [1] * 12
-    longest = max(task.cost for task in models["m00"])
-    monkeypatch.setattr("phlora_pipeline.plan.cohort.TASK_SECONDS", 3.5 * longest)
-    assert max(len(group) for group in cohorts(models, "auto", 1)) == 3
-    assert TASK_SECONDS == 20
 
 
 def run_all(found: tuple[Task, ...]) -> list[extract.TaskReport]:

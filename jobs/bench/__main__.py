@@ -1,7 +1,7 @@
 """The benchmark, `python -m jobs.bench`: it measures, saves every row as soon as it is there, and shows tables.
 
-Kernels (6a), whole processes beside mergekit (6b), the distance to what the machine allows (6c), and how cost grows (6d). It
-judges nothing. Exit codes: 0 measured · 2 something that is to be measured does not run; what was measured before is saved.
+Kernels (6a), whole processes beside mergekit (6b), the distance to what the machine allows (6c), and how cost grows (6d); of a
+zoo, planning, the driver's own cost, and the tail of a night on simulated workers. It judges nothing. Exit codes: 0 measured · 2 something that is to be measured does not run; what was measured before is saved.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from . import end_to_end, kernels, limit, results, scaling, table
+from . import dispatching, end_to_end, kernels, limit, night, planning, ranges, results, scaling, table
 from .measure import BenchError
 from .settings import FULL, QUICK, Bench, Sizes
 
@@ -22,6 +22,10 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "end-to-end": end_to_end.run,
     "limit": limit.run,
     "scaling": scaling.run,
+    "ranges": ranges.run,
+    "planning": planning.run,
+    "dispatch": dispatching.run,
+    "night": night.run,
 }
 
 

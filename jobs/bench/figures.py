@@ -1,6 +1,8 @@
-"""How the tables write numbers."""
+"""How the tables are written, and the numbers in them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 
 def seconds(value: float) -> str:
@@ -50,3 +52,20 @@ def tiny(value: float) -> str:
     '1.2e-05'
     """
     return f"{value:.1e}"
+
+
+def lines(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table.
+
+    >>> print(lines(["a", "b"], [["1", "2"]]))
+    | a | b |
+    |---|---|
+    | 1 | 2 |
+    """
+    return "\n".join(
+        [
+            "| " + " | ".join(headers) + " |",
+            "|" + "---|" * len(headers),
+            *("| " + " | ".join(row) + " |" for row in rows),
+        ]
+    )

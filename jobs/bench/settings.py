@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phlora_pipeline.lowrank import Solver
+
 from . import pairs
 
 
@@ -21,6 +23,10 @@ class Sizes:
         large_rank: of the third end-to-end row.
         growth_ranks, growth_layers, growth_tunes: how cost grows.
         runs: how often our own command is run; the median counts. Where it is once, it is not warmed up either.
+        nights, solvers, gpus: of the simulation: every combination.
+        zoo: models that are planned.
+        calls: tasks that do nothing, which are dispatched.
+        ranges: of 8 MiB, which are read from a paced server.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -36,6 +42,12 @@ class Sizes:
     growth_layers: tuple[int, ...]
     growth_tunes: tuple[int, ...]
     runs: int
+    nights: tuple[str, ...]
+    solvers: tuple[Solver, ...]
+    gpus: tuple[int, ...]
+    zoo: int
+    calls: int
+    ranges: int
 
 
 FULL = Sizes(
@@ -44,6 +56,7 @@ FULL = Sizes(
     spectra=pairs.SPECTRA,
     hidden=2048, inner=5632, vocab=32000, layers=4, rank=32, large_rank=512,
     growth_ranks=(8, 16, 32, 64, 128), growth_layers=(1, 2, 4, 8), growth_tunes=(1, 2, 4), runs=5,
+    nights=("40 × 8B", "10 × 70B", "4 × 235B", "all 54"), solvers=("auto", "exact"), gpus=(8, 64, 512), zoo=2000, calls=20_000, ranges=64,
 )  # fmt: skip
 QUICK = Sizes(
     shapes=((96, 96), (48, 128)),
@@ -51,6 +64,7 @@ QUICK = Sizes(
     spectra=("power-0.4", "rank-16"),
     hidden=64, inner=176, vocab=256, layers=2, rank=16, large_rank=32,
     growth_ranks=(8,), growth_layers=(1,), growth_tunes=(2,), runs=1,
+    nights=("10 × 70B",), solvers=("auto",), gpus=(8,), zoo=10, calls=400, ranges=4,
 )  # fmt: skip
 """Shows in a minute that everything runs; its figures mean nothing."""
 

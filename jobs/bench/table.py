@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .figures import factor, of_optimal, seconds, share, tiny
+from . import zoo_table
+from .figures import factor, lines, of_optimal, seconds, share, tiny
 from .measure import Machine
 
 START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
@@ -40,27 +41,14 @@ def rendered(results: dict[str, Any]) -> str:
         ("limit", _limit),
         ("scaling", _scaling),
         ("kernels", _kernels),
+        ("ranges", zoo_table.ranges),
+        ("planning", zoo_table.planning),
+        ("dispatch", zoo_table.dispatch),
+        ("night", zoo_table.night),
     ):
         if rows := results.get(section):
             parts += render(rows)
     return "\n\n".join(part for part in parts if part)
-
-
-def lines(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table.
-
-    >>> print(lines(["a", "b"], [["1", "2"]]))
-    | a | b |
-    |---|---|
-    | 1 | 2 |
-    """
-    return "\n".join(
-        [
-            "| " + " | ".join(headers) + " |",
-            "|" + "---|" * len(headers),
-            *("| " + " | ".join(row) + " |" for row in rows),
-        ]
-    )
 
 
 def _conditions(results: dict[str, Any]) -> str:

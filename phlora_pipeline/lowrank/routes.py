@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from phlora_pipeline.lowrank.certificate import PROBES
@@ -204,6 +205,7 @@ def planned(
     return tried, last
 
 
+@lru_cache(4096)  # a zoo has few shapes
 def seconds(d: int, k: int, rank: int, solver: Solver, profile: Profile) -> float:
     """What one (d, k) matrix is planned to take: its first route."""
     m, n = min(d, k), max(d, k)
@@ -213,6 +215,7 @@ def seconds(d: int, k: int, rank: int, solver: Solver, profile: Profile) -> floa
     return gram_seconds(m, n, min(rank, m), profile) if last == "gram" else exact_seconds(m, n, profile)
 
 
+@lru_cache(4096)  # a zoo has few shapes
 def flops(d: int, k: int, rank: int, solver: Solver, profile: Profile) -> float:
     """Floating-point operations of the first route."""
     m, n = min(d, k), max(d, k)

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from phlora_pipeline.checkpoint import TensorRef
@@ -88,9 +89,13 @@ def make_blocks(purpose: Purpose, pairs: Sequence[TensorPair]) -> list[Block]:
         each = max(1, BLOCK_BYTES // max(4 * math.prod(shape), 1))
         for start in range(0, len(same), each):
             chunk = tuple(same[start : start + each])
-            digest = digest_of([purpose, *(pair.name for pair in chunk)])[:12]
-            blocks.append(Block(f"{purpose}-{'x'.join(map(str, shape)) or 'scalar'}-{digest}", purpose, chunk))
+            blocks.append(Block(_id_of(purpose, shape, tuple(pair.name for pair in chunk)), purpose, chunk))
     return blocks
+
+
+@lru_cache(1 << 16)  # fine-tunes of one base have the same blocks
+def _id_of(purpose: Purpose, shape: tuple[int, ...], names: tuple[str, ...]) -> str:
+    return f"{purpose}-{'x'.join(map(str, shape)) or 'scalar'}-{digest_of([purpose, *names])[:12]}"
 
 
 def digest_of(value: object) -> str:
