@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -209,7 +211,8 @@ def _cluster(ray: Any) -> Iterator[None]:
         host, _, port = address.removeprefix("ray://").rpartition(":")
         if port.isdigit():  # Ray itself would go on trying for many minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=20).close()
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        with _own_signals():
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # Ray has no type of its own for it, and says it in many
         raise DeviceError(
             f"there is no Ray at {address or 'this machine'}: {words(error)}",
@@ -219,3 +222,16 @@ def _cluster(ray: Any) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray takes SIGTERM for itself, and would end a run at once that was told to end in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)

@@ -282,7 +282,7 @@ def _judge(reduction: Reduction, config: RunConfig) -> list[str]:
     if cosine < NOT_A_FINE_TUNE and not config.force:
         raise RequestError(
             f"this is not a fine-tune of this base: {told}; unrelated checkpoints give about 0, fine-tunes 0.9 and more",
-            remedy="give the right base, or pass --force if you know better",
+            remedy="give the right base, or pass --force, in a zoo.yaml run.force, if you know better",
         )
     return [f"{told}: far for a fine-tune; is it the right base?"]
 
@@ -305,7 +305,7 @@ def _failed(reduction: Reduction, run_url: str, config: RunConfig) -> ModelFaile
     first = reduction.failed[0]
     return ModelFailedError(
         f"{len(reduction.failed)} of {len(reduction.rows)} tensors failed, no adapter is published; {first.tensor}: {first.reason}",
-        remedy=f"all rows are in {storage.join(run_url, reducer.MANIFEST)}; mend the checkpoint, or publish without these tensors: --allow-partial",
+        remedy=f"all rows are in {storage.join(run_url, reducer.MANIFEST)}; mend the checkpoint, or publish without these tensors: --allow-partial, in a zoo.yaml run.allow_partial",
     )
 
 

@@ -46,7 +46,8 @@ class Pool:
                 f"the Ray cluster has {gpus:g} GPUs and {cpus:g} processors; one worker asks for {self.wish}",
                 remedy="lower --threads, use --device cpu, or say how many --workers to wait for while nodes come",
             )
-        wanted = {"num_gpus": resources.gpus} if self._on_gpu else {"num_cpus": resources.threads}
+        # Unless it is said, Ray takes a processor for each worker with a GPU as well, and where these are scarce none is left for a desk.
+        wanted = {"num_gpus": resources.gpus, "num_cpus": 0} if self._on_gpu else {"num_cpus": resources.threads}
         # max_restarts=0: an actor that died is replaced by the driver, which knows whose fault it was.
         self._actor = ray.remote(max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD", **wanted)(worker)
         # Beside actors that take all processors it would never be given one.

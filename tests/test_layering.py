@@ -18,11 +18,11 @@ LAYERS = [
     {"errors", "lowrank", "safetensors_format", "storage", "checkpoint", "config", "zoofile", "machine"},
     {"reading", "targets", "plan", "dispatch", "parts", "adapter", "manifest", "summary", "card"},
     {"extract", "engine", "pool", "driver", "reducer", "runlog", "verify", "convert", "calibrate"},
-    {"pipeline", "zoo"},
+    {"pipeline", "zoo", "submit"},
     {"cli", "console", "render", "__main__"},
 ]
 HOMES = {
-    "ray": {"driver"},
+    "ray": {"driver", "submit"},
     "pyarrow": {"manifest"},
     "pydantic": {"config", "zoofile"},
     "yaml": {"zoofile"},
@@ -157,8 +157,12 @@ def after_command(*arguments: object) -> tuple[int, set[str], int]:
         (["extract", "--base", "x"], 2),
         (["extract", "--base", "x", "--tuned", "y", "--out", "z", "--rank", "0"], 2),
         (["convert", "nothing-there.bin", "z"], 2),
+        (["run", "--help"], 0),
+        (["run", "nothing-there.yaml"], 2),
+        (["submit", "nothing-there.yaml"], 2),
+        (["plan", "nothing-there.yaml"], 2),
     ],
-    ids=["version", "help", "usage", "setting", "convert"],
+    ids=["version", "help", "usage", "setting", "convert", "zoo-help", "run", "submit", "plan"],
 )
 def test_a_command_that_computes_nothing_does_not_wait_for_torch(arguments: list[str], code: int) -> None:
     ended, loaded, _ = after_command(*arguments)

@@ -20,7 +20,8 @@ def with_spectrum(d: int, k: int, singular_values: Tensor, *, seed: int = 0) -> 
     n = len(singular_values)
     U = torch.linalg.qr(torch.randn(d, n, generator=generator, dtype=torch.float64))[0]
     V = torch.linalg.qr(torch.randn(k, n, generator=generator, dtype=torch.float64))[0]
-    return (U * singular_values.double()) @ V.mT
+    made: Tensor = (U * singular_values.double()) @ V.mT
+    return made
 
 
 def llama_tensors(
@@ -63,7 +64,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] 
     if shards == 1:
         save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
         return folder
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(shards):
         name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         chosen = dict(list(tensors.items())[shard::shards])

@@ -132,7 +132,8 @@ def _stands(config: RunConfig, prepared: Prepared) -> bool:
         # An adapter of which only some files stand: the same ones will be put again, and the first writer's stay.
         if storage.stat(storage.join(config.out, layout.CONFIG)) is None:
             return False
-        raise
+        # Another night may have put the last of them, and dropped the parts, while this one looked from one to the other.
+        return pipeline.standing(config, prepared) is not None
 
 
 def _open(url: str) -> Checkpoint | Error:

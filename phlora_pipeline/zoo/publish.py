@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from phlora_pipeline import pipeline
+from phlora_pipeline import pipeline, storage
 from phlora_pipeline.config import RunConfig
 from phlora_pipeline.pipeline import Prepared
 from phlora_pipeline.summary import summarize
@@ -26,7 +26,7 @@ class Published:
         model: its id.
         outcome: its record: ours, or that of a night that was faster.
         warnings: in words.
-        adapter_bytes: size of the weights.
+        adapter_bytes: size of the weights' file.
         moved: what became of `latest.json`.
     """
 
@@ -72,6 +72,9 @@ class Publish:
         """
         concluded = pipeline.conclude(self.config, self.prepared, self.lost, f"{self.run_url}/{self.model}")
         version, moved = self.prepared.plan.version, ""
+        # The file's, and not what `conclude` says: who finds the adapter has the file alone, and the record must not tell.
+        weights = storage.stat(storage.join(self.config.out, layout.WEIGHTS))
+        size = weights.size if weights else 0
         dataset.copy_manifest(self.out, self.model, self.base_id, version)
         if concluded.outcome != "nothing_to_adapt":
             moved = latest.advance(self.out, self.model, version, self.request, self.began)
@@ -82,8 +85,8 @@ class Publish:
             version,
             self.run_url.rpartition("/")[2],
             layout.utc_now(),
-            {**summary, "adapter_bytes": concluded.adapter_bytes, "rank": concluded.plan.written_rank},
+            {**summary, "adapter_bytes": size, "rank": concluded.plan.written_rank},
             self.asked,
         )
         standing = state.record_outcome(self.out, self.model, record)
-        return Published(self.model, standing, concluded.warnings, concluded.adapter_bytes, moved)
+        return Published(self.model, standing, concluded.warnings, size, moved)

@@ -179,7 +179,7 @@ def explain(config: ZooConfig, model: str) -> Explanation:
     newest = pointer.newest.version if isinstance(pointer, Latest) and pointer.newest else ""
     return Explanation(
         told,
-        "; ".join(filter(None, (told.remedy, _NEXT[told.state]))),
+        _next_step(told),
         tuple(sorted(history, key=lambda event: event.at)),
         tuple(
             VersionStatus(item.version, _moment(item.modified), item.size, item.version == told.serves)
@@ -187,6 +187,11 @@ def explain(config: ZooConfig, model: str) -> Explanation:
         ),
         newest if newest != told.serves else "",
     )
+
+
+def _next_step(model: ModelStatus) -> str:
+    goes_on = model.state in {"due", "failed"}  # whatever is done about it
+    return "; ".join(filter(None, (model.remedy, _NEXT[model.state] if goes_on or not model.remedy else "")))
 
 
 def published(out: str) -> tuple[str, ...]:

@@ -1,13 +1,13 @@
-"""Results in words and tables, or as one JSON object, on stdout."""
+"""What became, or would become, of one pair of checkpoints."""
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
+from phlora_pipeline.render.text import line
 from phlora_pipeline.summary import percent, reasons, size
 
-if TYPE_CHECKING:  # torch comes with them, and an error's two lines are rendered here, too
+if TYPE_CHECKING:  # torch comes with them
     from phlora_pipeline.pipeline import ExtractResult, Prepared
     from phlora_pipeline.verify import Verification
 
@@ -122,12 +122,3 @@ def show_verification(found: Verification) -> None:
     line(
         f"{state}: {len(found.modules)} modules, {percent(found.written_energy, 2)} of their update's energy is in the written bytes"
     )
-
-
-def json_object(record: dict[str, Any]) -> None:
-    print(json.dumps(record, indent=2, default=str))
-
-
-def line(text: str, stream: TextIO | None = None) -> None:
-    """One line; names in it come from checkpoints, and must not move the cursor or colour the terminal."""
-    print("".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text), file=stream)

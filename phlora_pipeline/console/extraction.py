@@ -1,12 +1,11 @@
-"""What a person sees: a live bar on a terminal, a plain line every few seconds in a log; all on stderr."""
+"""Progress of one extraction."""
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 from phlora_pipeline.summary import size
 
@@ -15,37 +14,7 @@ if TYPE_CHECKING:  # torch comes with them
     from phlora_pipeline.plan import Plan
 
 
-def _interval(text: str) -> float:
-    try:
-        return max(float(text), 0.0)
-    except ValueError:
-        return 10.0
-
-
-INTERVAL = _interval(os.environ.get("PHLORA_PROGRESS_INTERVAL", "10"))
-"""Seconds between two lines of progress where there is no terminal."""
-
-
-class Reporter(Protocol):
-    """An observer that is also a context."""
-
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-    def planned(self, plan: Plan) -> None: ...
-    def task_done(self, report: TaskReport) -> None: ...
-    def warn(self, text: str) -> None: ...
-
-
-def reporter(*, quiet: bool) -> Reporter:
-    """The right reporter for where stderr goes."""
-    if quiet:
-        return _Lines(every=float("inf"))
-    return _Bar() if sys.stderr.isatty() else _Lines(every=INTERVAL)
-
-
-class _Lines:
+class Lines:
     """Plain lines: the first and last task, and one per interval between."""
 
     def __init__(self, *, every: float) -> None:
@@ -93,7 +62,7 @@ class _Lines:
         )
 
 
-class _Bar:
+class Bar:
     """A rich bar, by bytes: tasks differ a thousandfold."""
 
     def __init__(self) -> None:

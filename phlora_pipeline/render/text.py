@@ -1,0 +1,37 @@
+"""One line, one JSON object, one error: what every result is made of."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any, TextIO
+
+from phlora_pipeline.errors import PhloraError
+
+
+def json_object(record: dict[str, Any]) -> None:
+    """On stdout."""
+    print(json.dumps(record, indent=2, default=str))
+
+
+def show_error(error: PhloraError, *, as_json: bool) -> None:
+    """Two lines for people; for machines one object as well."""
+    if as_json:
+        json_object({"error": error.what, "remedy": error.remedy, "exit_code": error.exit_code})
+    line(f"error: {error.what}", sys.stderr)
+    if error.remedy:
+        line(f"  fix: {error.remedy}", sys.stderr)
+
+
+def line(text: str, stream: TextIO | None = None) -> None:
+    """One line; names in it come from checkpoints, and must not move the cursor or colour the terminal."""
+    print(printable(text), file=stream)
+
+
+def printable(text: str) -> str:
+    """Without what would move the cursor or colour the terminal.
+
+    >>> printable("one" + chr(10) + "two" + chr(27)).count(chr(92))
+    2
+    """
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
