@@ -12,7 +12,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run test check bench format clean install
+.PHONY: run test check chaos bench format clean install
 
 run: $(STAMP)  ## the main job on real weights: prepare a demo zoo, extract, verify, score
 	$(BIN)/python -m jobs.demo
@@ -26,6 +26,9 @@ check: $(STAMP)  ## lint, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py
+
+chaos: $(STAMP)  ## twenty nights in which nodes, workers and the driver are killed (40 minutes; SEEDS=2 for fewer)
+	$(BIN)/python -m jobs.chaos --seeds $(or $(SEEDS),20)
 
 bench: $(BENCH_STAMP)  ## speed and quality beside the libraries, mergekit, and the machine's own limit (an hour or two)
 	$(BIN)/python -m jobs.bench

@@ -27,6 +27,9 @@ POLL_SECONDS = 1.0
 GROW_SECONDS = 5.0
 """How often it looks whether nodes have come."""
 
+MAX_DESKS = 3
+"""Processes that a job may lose before its listener is told."""
+
 MAX_LOSSES = 10
 """Nodes that a task may lose before it is taken to be at fault."""
 
@@ -73,6 +76,7 @@ class _Loop:
         self._jobs: dict[Any, tuple[int, Job]] = {}  # call → desk, and what is done there
         self._false_starts = 0
         self._losses: dict[str, int] = {}
+        self._desks_lost: dict[int, int] = {}  # job, which is kept as long as it is wanted → processes that it was in
         self._began, self._start_seconds = time.monotonic(), resources.start_seconds
         self._grown = -GROW_SECONDS
 
@@ -102,6 +106,10 @@ class _Loop:
             answer = self._answer(reference)
             if isinstance(answer, self._ray.exceptions.RayError):
                 self._pool.close_desk(desk)
+                if not isinstance(answer, self._ray.exceptions.RayTaskError) and self._may_lose_desk(job):
+                    self._backlog.append(job)
+                    return
+            self._desks_lost.pop(id(job), None)
             self._listener.ended(job, answer)
             return
         slot = self._calls.pop(reference)
@@ -139,6 +147,11 @@ class _Loop:
         task = self._queue.task_of(slot)
         self._losses[task.id] = self._losses.get(task.id, 0) + 1
         return self._losses[task.id] <= MAX_LOSSES
+
+    def _may_lose_desk(self, job: Job) -> bool:
+        """Whether its process's end is nobody's fault yet: nodes go, and what a job has done stays done."""
+        self._desks_lost[id(job)] = self._desks_lost.get(id(job), 0) + 1
+        return self._desks_lost[id(job)] <= MAX_DESKS
 
     def _answer(self, reference: Any) -> Any:
         try:

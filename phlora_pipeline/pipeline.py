@@ -251,7 +251,8 @@ def standing(config: RunConfig, prepared: Prepared) -> Concluded | None:
 
 def _publish(config: RunConfig, prepared: Prepared, reduction: Reduction) -> Outcome:
     plan = reduction.plan
-    names = {"model": storage.basename(config.tuned), "base": prepared.base_name or storage.basename(config.base)}
+    model = plan.tasks[0].members[0].model or storage.basename(config.tuned)
+    names = {"model": model, "base": prepared.base_name or storage.basename(config.base)}
     if config.overwrite:
         reducer.unpublish(config.out)
     if not reduction.layout.slots:
@@ -355,8 +356,9 @@ def _run_record(config: RunConfig, prepared: Prepared, reduction: Reduction) -> 
         "settings": settings,
         "written": {"rank": reduction.plan.written_rank, "dtype": reduction.dtype, "base_name": prepared.base_name},
         "sources": {
-            "base": {"url": config.base, "fingerprint": prepared.base.fingerprint},
-            "tuned": {"url": config.tuned, "fingerprint": prepared.tuned.fingerprint},
+            # Not where they are: a checkpoint that is moved is the same. The run's own request.json has the places.
+            "base": {"fingerprint": prepared.base.fingerprint},
+            "tuned": {"fingerprint": prepared.tuned.fingerprint},
         },
         "summary": summarize(reduction.rows).as_dict(),
     }

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +54,9 @@ def poisoned(base: Mapping[str, Tensor], seed: int = 9) -> dict[str, Tensor]:
 class Watcher:
     """An observer that remembers, and can be told to interfere."""
 
-    def __init__(self, *, planned: Callable[[], object] = lambda: None, done: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self, *, planned: Callable[[], object] = lambda: None, done: Callable[[], object] = lambda: None
+    ) -> None:
         self._planned, self._done = planned, done
         self.standings: dict[str, Standing] = {}
         self.tasks: list[Task] = []
@@ -172,6 +177,40 @@ def require_whole(out: str) -> None:
                 assert f"{model}/{layout.LATEST}" in there
 
 
+_PROCESS = """
+import json, sys
+import torch
+from pathlib import Path
+from tests.zoo.nights import Zoo
+torch.set_num_threads(1)
+zoo = Zoo(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))
+print("ready", flush=True)
+sys.stdin.readline()
+result = zoo.night()
+print(json.dumps({"counts": result.counts, "exit_code": result.exit_code}), flush=True)
+"""
+
+
+def process(zoo: Zoo) -> subprocess.Popen[str]:
+    """A night in a process of its own, which begins when it is told to."""
+    started = subprocess.Popen(
+        [sys.executable, "-c", _PROCESS, str(zoo.root), zoo.out, json.dumps(zoo.settings)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert started.stdout is not None
+    assert started.stdout.readline() == "ready\n"
+    return started
+
+
+def go(*waiting: subprocess.Popen[str]) -> None:
+    """All at once."""
+    for one in waiting:
+        assert one.stdin is not None
+        one.stdin.write("go\n")
+        one.stdin.flush()
+
+
 class Stopped(BaseException):
     """The process is gone: nobody handles it."""
 
@@ -205,5 +244,3 @@ def _counted(real: Callable[..., Any], verb: str, seen: Writes) -> Callable[...,
         return real(url, *arguments, **named)
 
     return call
-
-

@@ -1,0 +1,107 @@
+"""A Ray cluster of fake 8-GPU nodes on this machine, whose nodes and workers can be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+GPUS = 8
+"""Of each node, in name only."""
+
+ENVIRONMENT: Mapping[str, str] = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on loopback, and nowhere else
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_prestart_worker_first_driver": "0",  # workers that nobody asked for, of 300 MB each
+    # A killed node is gone after some seconds; a busy one has all the time that it needs to answer.
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "5",
+    "RAY_health_check_timeout_ms": "20000",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+}
+
+
+@dataclass
+class FakeCluster:
+    """A head without processors, and nodes."""
+
+    cluster: Any
+    nodes: list[Any] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        """For `RAY_ADDRESS`."""
+        return str(self.cluster.gcs_address)
+
+    def add(self, count: int = 1) -> None:
+        """More nodes, of two processors and `GPUS` GPUs."""
+        for _ in range(count):
+            self.nodes.append(self.cluster.add_node(num_cpus=2, num_gpus=GPUS, object_store_memory=80 << 20))
+
+    def kill(self, node: Any) -> None:
+        """Its raylet at once; its workers follow."""
+        self.nodes.remove(node)
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def workers(self, title: str = "ray::_RayWorker") -> list[int]:
+        """Processes of actors that do tasks, on all nodes; or of others, by the beginning of their title."""
+        raylets = {info.process.pid for node in self.nodes for info in node.all_processes["raylet"]}
+        return sorted(pid for pid in _children(raylets) if _title(pid).startswith(title))
+
+
+@contextlib.contextmanager
+def running_cluster(nodes: int) -> Iterator[FakeCluster]:
+    """A cluster of so many nodes; nothing is left of it."""
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
+    try:
+        from ray.cluster_utils import Cluster  # it reads the environment when it is imported
+
+        # Short, since AF_UNIX paths are.
+        with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
+            head = {
+                "num_cpus": 0, "num_gpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20,
+                "temp_dir": folder,
+            }  # fmt: skip
+            cluster = FakeCluster(Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=True))
+            try:
+                cluster.add(nodes)
+                yield cluster
+            finally:
+                cluster.cluster.shutdown()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def kill(pid: int) -> None:
+    """At once, if it is still there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _children(parents: set[int]) -> Iterator[int]:
+    for path in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(path.name)
+            if int((path / "stat").read_text().rpartition(")")[2].split()[1]) in parents:
+                yield pid
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+    except OSError:
+        return ""
