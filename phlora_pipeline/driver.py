@@ -118,6 +118,9 @@ class _Loop:
             self._queue.done(slot)
             self._listener.on_report(answer)
         elif isinstance(answer, str):
+            self._false_starts = (
+                0  # one after another they count: in a long night many a node goes while a worker starts there
+            )
             self._pool.ready(slot, answer)
         elif isinstance(answer, PhloraError):
             raise answer
@@ -129,7 +132,10 @@ class _Loop:
         died = not isinstance(error, self._ray.exceptions.RayTaskError)
         if self._queue.works(slot):
             reason = ("its worker died: " if died else "") + words(getattr(error, "cause", None) or error)
-            node_went = died and self._pool.node_is_gone(slot)
+            # Of a worker that died alone its node tells, and the error is another. When a node goes at once, all that there
+            # is for a quarter of a minute is a connection that broke.
+            unknown = isinstance(error, self._ray.exceptions.ActorUnavailableError)
+            node_went = died and (unknown or self._pool.node_is_gone(slot))
             task = self._queue.failed(slot, reason, died=died, charged=not (node_went and self._may_lose(slot)))
             self._listener.retried(task, reason, died=died)
         else:

@@ -6,7 +6,6 @@ Ray itself comes from `driver`, its home.
 from __future__ import annotations
 
 import contextlib
-import time
 from typing import Any
 
 import torch
@@ -14,9 +13,6 @@ import torch
 from phlora_pipeline.engine import Job, Resources, outcome_of
 from phlora_pipeline.errors import DeviceError
 from phlora_pipeline.plan import Task
-
-NODE_SECONDS = 2.0
-"""How long a dead worker's node is watched, to tell a lost node from a deadly task."""
 
 WORKERS_PER_DESK = 8
 
@@ -103,17 +99,9 @@ class Pool:
             self._ray.kill(self._desks.pop(desk))
 
     def node_is_gone(self, slot: int) -> bool:
-        """Whether the node of the slot's last actor has left the cluster; Ray takes some seconds to notice."""
+        """Whether the node of the slot's last actor is known to have left the cluster."""
         node = self._nodes.get(slot)
-        if node is None:
-            return False
-        deadline = time.monotonic() + NODE_SECONDS
-        while True:
-            if node not in {found["NodeID"] for found in self._ray.nodes() if found["Alive"]}:
-                return True
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.2)
+        return node is not None and node not in {found["NodeID"] for found in self._ray.nodes() if found["Alive"]}
 
     def close(self) -> None:
         """End all actors."""

@@ -64,8 +64,12 @@ def running_cluster(nodes: int) -> Iterator[FakeCluster]:
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)
     try:
-        from ray.cluster_utils import Cluster  # it reads the environment when it is imported
+        from ray._private import ray_constants
+        from ray.cluster_utils import Cluster
 
+        ray_constants.ENABLE_RAY_CLUSTER = (
+            False  # somebody may have imported Ray before: then it has not read the environment
+        )
         # Short, since AF_UNIX paths are.
         with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
             head = {

@@ -135,7 +135,7 @@ def makespan(
         end = max(end, now)
         if worker in bench.running:
             bench.end(worker, "done")
-        told = bench.told.pop(worker, None)
+        told = bench.told.get(worker)
         bench.take(worker)
         if worker in bench.running:
             right, wrong = right + (told is bench.running[worker]), wrong + (told not in {None, bench.running[worker]})

@@ -29,6 +29,7 @@ def test_exit_codes_are_the_documented_ones() -> None:
         "PhloraError": 1,
         "RequestError": 2,
         "CheckpointError": 2,
+        "IncompleteError": 2,
         "NotFoundError": 2,
         "UnsupportedStoreError": 2,
         "ConflictError": 2,

@@ -15,7 +15,14 @@ from safetensors.torch import save
 from phlora_pipeline import pipeline
 from phlora_pipeline.checkpoint import open_checkpoint
 from phlora_pipeline.config import run_config
-from phlora_pipeline.errors import CredentialsError, NotFoundError, PhloraError, SourceChangedError, StorageError
+from phlora_pipeline.errors import (
+    CredentialsError,
+    IncompleteError,
+    NotFoundError,
+    PhloraError,
+    SourceChangedError,
+    StorageError,
+)
 from phlora_pipeline.extract import TaskReport
 from phlora_pipeline.plan import Plan
 from tests import toys
@@ -180,7 +187,7 @@ def test_a_missing_checkpoint_commits_nothing(s3: S3, zoo: tuple[Path, Path], pl
 
 def test_an_upload_that_is_under_way_is_incomplete_not_broken(s3: S3, zoo: tuple[Path, Path]) -> None:
     s3.client.delete_object(Bucket=BUCKET, Key=s3.key(TUNED_SHARD))
-    error = fails(s3, NotFoundError)
+    error = fails(s3, IncompleteError)
     assert "is missing: model.safetensors.index.json places" in error.what
     assert "wait for the upload" in error.remedy
 

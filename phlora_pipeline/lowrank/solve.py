@@ -150,7 +150,7 @@ class _Ladder:
             guesses = to_host(triplets.energies[:, -1])
             tails = tail_bound(op, compression.V, names, guesses, norms_sq, step.degree)
             bounds = optimum_bound(compression, tails, step.rank)
-            self._judge(f"krylov {step.width}", _Found(triplets, bounds, seen, step.rank, last_resort=False))
+            self._judge(f"krylov {step.width}", _Found(triplets, bounds, seen, step.rank, last_resort=False), pending)
 
     def _flat(self, basis: KrylovBasis) -> set[int]:
         """Matrices with no direction that stands out, where the tolerance is too fine for that."""
@@ -179,7 +179,8 @@ class _Ladder:
                 self._note(attempt, error)
                 continue
             totals = to_host(spectrum.sum(dim=1))
-            self._judge(attempt, _Found(triplets, to_host(bounds), seen, self._q, last_resort=True, totals=totals))
+            whole = _Found(triplets, to_host(bounds), seen, self._q, last_resort=True, totals=totals)
+            self._judge(attempt, whole, pending)
 
     def _note(self, attempt: str, error: Exception) -> None:
         for index in self._pending:
@@ -199,14 +200,13 @@ class _Ladder:
         triplets, bounds, singular_values = full.exact(op, self._q, driver)
         return triplets, bounds, op.to_long(psi, precise=True), singular_values.square()
 
-    def _judge(self, attempt: str, found: _Found) -> None:
-        """Keep what is checked, certified and enough; note why the rest is not."""
-        pending = self._pending
+    def _judge(self, attempt: str, found: _Found, pending: Sequence[int]) -> None:
+        """Keep what is checked, certified and enough of these matrices; note why the rest is not."""
         norms_sq = [self._norms_sq[index] for index in pending]
         cut = Triplets(
             found.triplets.short[:, : found.rank], found.triplets.long[:, : found.rank], found.triplets.energies[:, : found.rank]
         )  # fmt: skip
-        wrong = checks.problems(cut, norms_sq, self._psi[pending], found.seen, found.totals)
+        wrong = checks.problems(cut, norms_sq, self._psi[list(pending)], found.seen, found.totals)
         energies = to_host(cut.energies)
         for row, index in enumerate(pending):
             norm_sq = norms_sq[row]

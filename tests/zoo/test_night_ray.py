@@ -24,7 +24,6 @@ ON_RAY = {"engine": "ray", "device": "auto", "gpus_per_worker": 0.5, "workers": 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[FakeCluster]:
-    pytest.importorskip("ray")
     with running_cluster(4) as running:
         yield running
 
