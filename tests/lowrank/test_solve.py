@@ -421,7 +421,7 @@ class TestFlat:
             assert isinstance(answer, Factors)
             assert answer.solver.startswith("krylov") != flat
             assert any("no direction stands out" in note for note in answer.notes) == flat
-            assert abs(loss_of(answer, delta)) < 1e-6
+            assert -1e-6 <= loss_of(answer, delta) <= answer.certificate + 1e-6
         alone = climbed_one(deltas[1], name="w1", profile=self.SLOW)
         assert same_bytes(alone, found[1])  # type: ignore[arg-type]  # seen above
 

@@ -1,0 +1,111 @@
+"""Whom a loss is charged to: a worker that dies alone to its task, a node that goes to nobody, within reason."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import exceptions
+
+from phlora_pipeline import driver
+from phlora_pipeline.dispatch import MAX_ATTEMPTS, Dispatcher
+from phlora_pipeline.engine import Reports, Resources
+from phlora_pipeline.errors import DeviceError
+
+UNAVAILABLE = exceptions.ActorUnavailableError("RPC error: Socket closed", b"\0" * 16)
+DIED = exceptions.ActorDiedError("its worker process has died")
+
+
+class FakePool:
+    """Slots, and whether their node is known to be gone."""
+
+    size, desks = 2, 1
+
+    def __init__(self) -> None:
+        self.gone, self.started_slots = False, 0
+
+    def node_is_gone(self, slot: int) -> bool:
+        return self.gone
+
+    def start(self, slot: int) -> object:
+        self.started_slots += 1
+        return object()
+
+    def ready(self, slot: int, node: str) -> None:
+        pass
+
+    def close_desk(self, desk: int) -> None:
+        pass
+
+
+class Bench:
+    """A loop, with one task that its only worker has."""
+
+    def __init__(self) -> None:
+        member = SimpleNamespace(part_url="part")
+        task: Any = SimpleNamespace(id="part", members=(member,), cohort=0, cost=1.0)
+        self.pool = FakePool()
+        self.queue: Dispatcher[int] = Dispatcher([task])
+        self.ended: list[Any] = []
+        listener = Reports(lambda _: None)
+        ray = SimpleNamespace(exceptions=exceptions, get=self.get)
+        pool: Any = self.pool
+        self.loop = driver._Loop(ray, pool, self.queue, listener, Resources("cpu", 1))
+        self.loop._listener = SimpleNamespace(  # type: ignore[assignment]
+            retried=lambda *_, **__: None, ended=lambda job, outcome: self.ended.append(outcome)
+        )
+        self.answer: Any = None
+
+    def get(self, _: object) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    def lose(self, error: Exception) -> bool:
+        """The worker takes the task and is lost; whether the task is given up."""
+        assert self.queue.take(0) is not None
+        self.loop._failed(0, error)
+        return bool(self.queue.lost)
+
+
+def test_a_worker_that_dies_alone_is_charged_to_its_task() -> None:
+    bench = Bench()
+    assert [bench.lose(DIED) for _ in range(MAX_ATTEMPTS)] == [False, True]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_node_that_goes_is_charged_to_nobody_unless_it_goes_on_like_that(known: bool) -> None:
+    """Whether Ray knows it yet, or knows of a broken connection only."""
+    bench = Bench()
+    bench.pool.gone = known
+    given_up = [bench.lose(DIED if known else UNAVAILABLE) for _ in range(driver.MAX_LOSSES + MAX_ATTEMPTS)]
+    assert given_up.index(True) == driver.MAX_LOSSES + MAX_ATTEMPTS - 1
+
+
+def test_workers_that_do_not_start_count_one_after_another() -> None:
+    """A night of lost nodes is no proof that none can start."""
+    bench = Bench()
+    most = MAX_ATTEMPTS * bench.pool.size
+    for _ in range(3):
+        for _ in range(most):
+            bench.loop._failed(0, DIED)
+        reference = object()
+        bench.loop._calls[reference], bench.answer = 0, "node"
+        bench.loop._ended(reference)
+    with pytest.raises(DeviceError, match="workers died before their first task"):
+        for _ in range(most + 1):
+            bench.loop._failed(0, DIED)
+
+
+def test_a_job_that_loses_its_process_is_done_again_some_times() -> None:
+    bench = Bench()
+    job: Any = object()
+    for losses in range(driver.MAX_DESKS + 1):
+        reference = object()
+        bench.loop._jobs[reference], bench.answer = (0, job), UNAVAILABLE
+        bench.loop._ended(reference)
+        assert len(bench.ended) == (losses == driver.MAX_DESKS)
+        assert list(bench.loop._backlog) == [] if bench.ended else [job]
+        bench.loop._backlog.clear()
+    assert bench.ended == [UNAVAILABLE]
