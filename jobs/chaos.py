@@ -222,6 +222,8 @@ def differences(name: str, proxy: Proxy, calm: dict[str, Any]) -> list[str]:
     left = nights.left_behind(place(name))
     blamed = {key: left[key]["reason"] for key in left if "/attempt-" in key}
     wrong += [f"{key.split('/')[1]} was blamed: {reason}" for key, reason in blamed.items() if not deserved(reason)]
+    for key, reason in blamed.items():
+        say(f"{name}: {key.split('/')[1]} failed on the way, and was converted by the run after it: {reason}")
     left = {key: data for key, data in left.items() if key not in blamed}
     for what, keys in (
         ("missing", calm.keys() - left.keys()),
