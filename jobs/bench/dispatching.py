@@ -75,7 +75,7 @@ def dispatch(tasks: list[Task]) -> Dispatched:
             marks[done] = time.process_time(), time.perf_counter(), _resident_mib()
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(num_cpus=ACTORS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init("local", num_cpus=ACTORS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         with mock.patch.object(driver, "Pool", NoOpPool):
             lost = driver.run_ray(tasks, Resources("cpu", threads=1, workers=ACTORS), Reports(on_report))

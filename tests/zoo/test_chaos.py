@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 
+# Two nights take four minutes on a quiet machine; on one that others share Ray loses what nobody killed.
+@pytest.mark.skipif(not os.environ.get("PHLORA_CHAOS"), reason="set PHLORA_CHAOS=1, or make chaos SEEDS=2")
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.s3
