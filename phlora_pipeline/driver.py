@@ -118,9 +118,8 @@ class _Loop:
             self._queue.done(slot)
             self._listener.on_report(answer)
         elif isinstance(answer, str):
-            self._false_starts = (
-                0  # one after another they count: in a long night many a node goes while a worker starts there
-            )
+            # One after another they count: in a long night many a node goes while a worker starts there.
+            self._false_starts = 0
             self._pool.ready(slot, answer)
         elif isinstance(answer, PhloraError):
             raise answer

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -12,7 +10,7 @@ from typing import Literal
 from phlora_pipeline import checkpoint
 from phlora_pipeline.config import read_profile
 from phlora_pipeline.errors import IncompleteError, RequestError, SourceChangedError
-from phlora_pipeline.plan import NUMERICS_REVISION
+from phlora_pipeline.plan import NUMERICS_REVISION, digest_of
 from phlora_pipeline.zoo.catalog import Entry
 from phlora_pipeline.zoo.state import Attempt, Ledger, Outcome
 from phlora_pipeline.zoofile import ExtractSettings
@@ -87,18 +85,14 @@ def asked_of(base: str, tuned: str, settings: ExtractSettings, base_name: str) -
     return {
         "base": base,
         "checkpoint": tuned,
-        "settings": _digest({**chosen, "profile": profile, "base_name": base_name}),
+        "settings": digest_of({**chosen, "profile": profile, "base_name": base_name}),
         "revision of the numerics": str(NUMERICS_REVISION),
     }
 
 
 def request_id(asked: Mapping[str, str]) -> str:
     """The digest of all that is asked."""
-    return _digest(dict(asked))
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+    return digest_of(dict(asked))
 
 
 def _look(url: str) -> _Seen:
