@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def available_memory() -> int | None:
     return min(limits, default=None)
 
 
+@functools.cache
 def has_bfloat16_units() -> bool:
     """Whether the processor multiplies bfloat16 in hardware: AVX-512 BF16 or AMX, or ARM's `bf16`."""
     wanted = {"avx512_bf16", "amx_bf16", "bf16"}

@@ -25,12 +25,16 @@ def test_units_for_bfloat16_are_among_the_processors_flags(
     text: str, units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "_lines", lambda _: text.splitlines())
+    machine.has_bfloat16_units.cache_clear()
     assert machine.has_bfloat16_units() == units
+    machine.has_bfloat16_units.cache_clear()
 
 
 def test_a_machine_without_such_a_file_has_none_that_we_know_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_lines", lambda _: [])
+    machine.has_bfloat16_units.cache_clear()
     assert not machine.has_bfloat16_units()
+    machine.has_bfloat16_units.cache_clear()
     assert machine.available_memory() is None
 
 
