@@ -27,6 +27,9 @@ POLL_SECONDS = 1.0
 GROW_SECONDS = 5.0
 """How often it looks whether nodes have come."""
 
+REST_SECONDS = 5.0
+"""A worker that has said nothing for so long is asked whether it is there: if it died in its sleep, its next task did not kill it."""
+
 MAX_DESKS = 3
 """Processes that a job may lose before its listener is told."""
 
@@ -74,10 +77,13 @@ class _Loop:
         self._calls: dict[Any, int] = {}
         self._backlog: deque[Job] = deque()
         self._jobs: dict[Any, tuple[int, Job]] = {}  # call → desk, and what is done there
+        self._opening: dict[Any, int] = {}  # call → desk
+        self._heard: dict[int, float] = {}  # slot → when it last answered
         self._false_starts = 0
         self._losses: dict[str, int] = {}
         self._desks_lost: dict[int, int] = {}  # job, which is kept as long as it is wanted → processes that it was in
-        self._began, self._start_seconds = time.monotonic(), resources.start_seconds
+        self._start_seconds = resources.start_seconds
+        self._missing: dict[str, float] = {}  # who has no place in the cluster → since when
         self._grown = -GROW_SECONDS
 
     def run(self) -> dict[str, str]:
@@ -92,28 +98,41 @@ class _Loop:
             self._hand_out_jobs()
             if not self._jobs and not self._backlog and not (queue.running if stopping else queue.unfinished):
                 return queue.lost
-            if not (waiting := [*self._calls, *self._jobs]):
+            if not (waiting := [*self._calls, *self._jobs, *self._opening]):
                 time.sleep(POLL_SECONDS)
                 continue
             finished, _ = self._ray.wait(waiting, num_returns=1, timeout=POLL_SECONDS)
             for reference in finished:
                 self._ended(reference)
-            self._require_start()
+            self._require_places()
 
     def _ended(self, reference: Any) -> None:
-        if reference in self._jobs:
-            desk, job = self._jobs.pop(reference)
-            answer = self._answer(reference)
-            if isinstance(answer, self._ray.exceptions.RayError):
-                self._pool.close_desk(desk)
-                if not isinstance(answer, self._ray.exceptions.RayTaskError) and self._may_lose_desk(job):
-                    self._backlog.append(job)
-                    return
-            self._desks_lost.pop(id(job), None)
-            self._listener.ended(job, answer)
-            return
-        slot = self._calls.pop(reference)
         answer = self._answer(reference)
+        if reference in self._jobs:
+            self._job_ended(*self._jobs.pop(reference), answer)
+        elif reference in self._opening:
+            self._desk_opened(self._opening.pop(reference), answer)
+        else:
+            self._call_ended(self._calls.pop(reference), answer)
+
+    def _job_ended(self, desk: int, job: Job, answer: Any) -> None:
+        if isinstance(answer, self._ray.exceptions.RayError):
+            self._pool.close_desk(desk)
+            if not isinstance(answer, self._ray.exceptions.RayTaskError) and self._may_lose_desk(job):
+                self._backlog.append(job)
+                return
+        self._desks_lost.pop(id(job), None)
+        self._listener.ended(job, answer)
+
+    def _desk_opened(self, desk: int, answer: Any) -> None:
+        if isinstance(answer, Exception):
+            self._pool.close_desk(desk)
+            self._false_start(answer)
+        else:
+            self._pool.desk_is_open(desk)
+
+    def _call_ended(self, slot: int, answer: Any) -> None:
+        self._heard[slot] = time.monotonic()
         if isinstance(answer, TaskReport):
             self._queue.done(slot)
             self._listener.on_report(answer)
@@ -139,14 +158,17 @@ class _Loop:
             self._listener.retried(task, reason, died=died)
         else:
             died = True
-            self._false_starts += 1
-            if self._false_starts > MAX_ATTEMPTS * max(self._pool.size, 1) and not self._pool.node_is_gone(slot):
-                raise DeviceError(
-                    f"{self._false_starts} Ray workers died before their first task, the last one of: {words(error)}",
-                    remedy="look at the logs of the node; is phlora-pipeline installed there, in this version?",
-                ) from error
+            self._false_start(error, node_went=self._pool.node_is_gone(slot))
         if died:
             self._calls[self._pool.start(slot)] = slot
+
+    def _false_start(self, error: Exception, *, node_went: bool = False) -> None:
+        self._false_starts += 1
+        if self._false_starts > MAX_ATTEMPTS * max(self._pool.size, 1) and not node_went:
+            raise DeviceError(
+                f"{self._false_starts} Ray workers died before their first task, the last one of: {words(error)}",
+                remedy="look at the logs of the node; is phlora-pipeline installed there, in this version?",
+            ) from error
 
     def _may_lose(self, slot: int) -> bool:
         task = self._queue.task_of(slot)
@@ -179,28 +201,40 @@ class _Loop:
         """To every idle slot, not only the one that has just ended: a task that came back may be all that is left."""
         if not self._queue.waiting:
             return
-        busy = set(self._calls.values())
+        busy, now = set(self._calls.values()), time.monotonic()
         for slot in self._pool.started:
-            if slot not in busy and (assignment := self._queue.take(slot)) is not None:
+            if slot in busy:
+                continue
+            if now - self._heard.get(slot, now) > REST_SECONDS:
+                self._calls[self._pool.ask(slot)] = slot
+            elif (assignment := self._queue.take(slot)) is not None:
                 self._calls[self._pool.run(slot, *assignment)] = slot
 
     def _hand_out_jobs(self) -> None:
         busy = {desk for desk, _ in self._jobs.values()}
-        for desk in range(self._pool.desks):
+        for desk in self._pool.open_desks:
             if self._backlog and desk not in busy:
                 job = self._backlog.popleft()
                 self._jobs[self._pool.run_job(desk, job)] = desk, job
+        there = {*self._opening.values(), *self._pool.open_desks}
+        for desk in range(self._pool.desks):
+            if len(self._opening) < len(self._backlog) and desk not in there:
+                self._opening[self._pool.open_desk(desk)] = desk
 
-    def _require_start(self) -> None:
-        if not self._pool.started and self._queue.unfinished:
-            waited = time.monotonic() - self._began
-            if waited > self._start_seconds:
-                raise DeviceError(
-                    f"no worker has started within {waited:.0f} s; each asks for {self._pool.wish}",
-                    remedy="see ray status: has the cluster such nodes, and may it scale up to them?",
-                )
-        else:
-            self._began = time.monotonic()
+    def _require_places(self) -> None:
+        """Somebody must have found a place in the cluster: a worker while there are tasks, a desk while there are jobs."""
+        self._require("worker", self._pool.wish, missing=not self._pool.started and self._queue.unfinished)
+        self._require("process that publishes", self._pool.desk_wish, missing=not self._pool.open_desks and bool(self._backlog))  # fmt: skip
+
+    def _require(self, who: str, wish: str, *, missing: bool) -> None:
+        now = time.monotonic()
+        if not missing:
+            self._missing.pop(who, None)
+        elif (waited := now - self._missing.setdefault(who, now)) > self._start_seconds:
+            raise DeviceError(
+                f"no {who} has started within {waited:.0f} s; each asks for {wish}",
+                remedy="see ray status: has the cluster such nodes, and may it scale up to them?",
+            )
 
 
 class _RayWorker:
@@ -209,9 +243,12 @@ class _RayWorker:
     _worker: Worker
 
     def prepare(self, device: str, threads: int) -> str:
+        self._worker = Worker(device, threads)
+        return self.node()
+
+    def node(self) -> str:
         import ray
 
-        self._worker = Worker(device, threads)
         return str(ray.get_runtime_context().get_node_id())
 
     def run(self, task: Task, prefetch: Task | None) -> TaskReport:

@@ -16,6 +16,8 @@ class PhloraError(Exception):
     """
 
     exit_code = 1
+    result = ""
+    """URL of the result.json that the run left which this error ended; empty where it left none."""
 
     def __init__(self, what: str, *, remedy: str = "") -> None:
         super().__init__(what, remedy)

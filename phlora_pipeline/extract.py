@@ -6,7 +6,6 @@ the current one; that is a hint, and changes no result.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import socket
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from phlora_pipeline import lowrank, parts
 from phlora_pipeline.checkpoint import TensorRef
-from phlora_pipeline.errors import DeviceError, NotFoundError, PhloraError, SourceChangedError
+from phlora_pipeline.errors import CheckpointError, DeviceError, NotFoundError, PhloraError, SourceChangedError
 from phlora_pipeline.machine import has_bfloat16_units
 from phlora_pipeline.parts import TensorResult
 from phlora_pipeline.plan import BLOCK_BYTES, Member, Task, TensorPair
@@ -51,7 +50,7 @@ class BlockReport:
         tensors: how many its block holds.
         failed: names of tensors that failed.
         reused: whether the part was there already.
-        error: why there is no part: the checkpoint is not what it was when it was planned.
+        error: why there is no part that can be used: the checkpoint is not what it was when it was planned, or the part is damaged.
         routes: solver → how many tensors it was.
     """
 
@@ -126,13 +125,18 @@ class Worker:
             prefetch: the task that is likely to come next.
 
         Raises:
-            CredentialsError, StorageError: as storage says. A checkpoint that is no longer what it was is an error of that
-                model's alone, in the report.
+            CredentialsError, StorageError: as storage says. A checkpoint that is no longer what it was, or a part that is
+                damaged, is an error of that model's alone, in the report.
         """
         began, done = time.monotonic(), dict[str, BlockReport]()
         for member in task.members:
-            with contextlib.suppress(NotFoundError):  # also where another run has published, and removed it just now
+            try:
                 standing = parts.load(member.part_url).results.values()
+            except NotFoundError:  # also where another run has published, and removed it just now
+                continue
+            except CheckpointError as error:  # damaged: this model's trouble, and of no other that the task has
+                done[member.part_url] = _gone(member, error)
+            else:
                 done[member.part_url] = _report(member, list(standing), reused=True)
         pending = [member for member in task.members if member.part_url not in done]
         waited, nbytes = self._reader.waited, 0

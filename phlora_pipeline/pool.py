@@ -26,7 +26,7 @@ class Pool:
         Args:
             ray: the module, connected.
             resources: of every actor.
-            worker: its class, with `prepare(device, threads)` → node id, and `run(task, prefetch)`.
+            worker: its class, with `prepare(device, threads)` → node id, `node()` → the same, and `run(task, prefetch)`.
 
         Raises:
             DeviceError: there is nothing that a worker could run on, and no number of workers to wait for.
@@ -50,7 +50,9 @@ class Pool:
         self._desk = ray.remote(
             max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD", num_cpus=1 if self._on_gpu else 0
         )(Desk)  # fmt: skip
+        self.desk_wish = "a processor" if self._on_gpu else "nothing"
         self._desks: dict[int, Any] = {}
+        self._open: set[int] = set()
         self._actors: dict[int, Any] = {}
         self._nodes: dict[int, str] = {}
 
@@ -78,6 +80,10 @@ class Pool:
         """Its actor has started there."""
         self._nodes[slot] = node
 
+    def ask(self, slot: int) -> Any:
+        """Whether its actor is there still; the answer is as of `start`."""
+        return self._actors[slot].node.remote()
+
     def run(self, slot: int, task: Task, prefetch: Task | None) -> Any:
         """Give the slot's actor a task."""
         return self._actors[slot].run.remote(task, prefetch)
@@ -87,14 +93,27 @@ class Pool:
         """How many jobs are done at once: each takes a processor, and memory."""
         return 1 + self.size // WORKERS_PER_DESK
 
+    @property
+    def open_desks(self) -> list[int]:
+        """Desks that have a process."""
+        return sorted(self._open)
+
+    def open_desk(self, desk: int) -> Any:
+        """Somewhere in the cluster; the call that is returned ends when there is a place for it."""
+        self._desks[desk] = self._desk.remote(self._resources.threads)
+        return self._desks[desk].open.remote()
+
+    def desk_is_open(self, desk: int) -> None:
+        """Its process has started."""
+        self._open.add(desk)
+
     def run_job(self, desk: int, job: Job) -> Any:
-        """At a numbered desk, somewhere in the cluster, which is opened when it is first needed."""
-        if desk not in self._desks:
-            self._desks[desk] = self._desk.remote(self._resources.threads)
+        """At a desk that is open."""
         return self._desks[desk].run.remote(job)
 
     def close_desk(self, desk: int) -> None:
         """Its process is gone, or will be."""
+        self._open.discard(desk)
         with contextlib.suppress(Exception):
             self._ray.kill(self._desks.pop(desk))
 
@@ -131,6 +150,9 @@ class Desk:
 
     def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)  # sums may depend on it, and with them a manifest's last digits
+
+    def open(self) -> None:
+        """Nothing but an answer."""
 
     def run(self, job: Job) -> Any:
         """Its answer, or the exception that it raised."""

@@ -17,6 +17,7 @@ from phlora_pipeline import storage
 from phlora_pipeline.extract import TaskReport
 
 RUNS = "_runs"
+RESULT = "result.json"
 
 
 @dataclass(slots=True)
@@ -48,6 +49,11 @@ class Run:
         """Since it began."""
         return (dt.datetime.now(dt.UTC) - self.began).total_seconds()
 
+    @property
+    def result_url(self) -> str:
+        """Where `end` writes how it ended."""
+        return storage.join(self.url, RESULT)
+
     def event(self, kind: str, **told: Any) -> None:
         """A line of `events.jsonl`."""
         self._lines.append(json.dumps({"event": kind, "at": round(self.seconds, 3), **told}))
@@ -73,9 +79,7 @@ class Run:
     def end(self, result: Mapping[str, Any]) -> None:
         """Write all events, and how the run ended."""
         storage.put_new(storage.join(self.url, "events.jsonl"), "".join(f"{line}\n" for line in self._lines).encode())
-        self._put(
-            "result.json", {**result, "seconds": round(self.seconds, 3), "tasks": self.tasks, "read_bytes": self.nbytes}
-        )
+        self._put(RESULT, {**result, "seconds": round(self.seconds, 3), "tasks": self.tasks, "read_bytes": self.nbytes})
 
     def _put(self, name: str, document: Mapping[str, Any]) -> None:
         storage.put_new(storage.join(self.url, name), (json.dumps(document, indent=2) + "\n").encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,9 +33,10 @@ ENVIRONMENT: Mapping[str, str] = {
 
 @dataclass
 class FakeCluster:
-    """A head without processors, and nodes."""
+    """A head without processors, and nodes; `dashboard`: URL to which jobs are submitted, if there is one."""
 
     cluster: Any
+    dashboard: str = ""
     nodes: list[Any] = field(default_factory=list)
 
     @property
@@ -59,7 +61,7 @@ class FakeCluster:
 
 
 @contextlib.contextmanager
-def running_cluster(nodes: int) -> Iterator[FakeCluster]:
+def running_cluster(nodes: int, *, dashboard: bool = False) -> Iterator[FakeCluster]:
     """A cluster of so many nodes; nothing is left of it."""
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)
@@ -72,11 +74,15 @@ def running_cluster(nodes: int) -> Iterator[FakeCluster]:
         )
         # Short, since AF_UNIX paths are.
         with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
+            port = _free_port() if dashboard else None
             head = {
-                "num_cpus": 0, "num_gpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20,
-                "temp_dir": folder,
+                "num_cpus": 0, "num_gpus": 0, "object_store_memory": 80 << 20, "temp_dir": folder,
+                "include_dashboard": dashboard, "dashboard_host": "127.0.0.1", "dashboard_port": port,
             }  # fmt: skip
-            cluster = FakeCluster(Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=True))
+            cluster = FakeCluster(
+                Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=True),
+                f"http://127.0.0.1:{port}" if dashboard else "",
+            )
             try:
                 cluster.add(nodes)
                 yield cluster
@@ -94,6 +100,12 @@ def kill(pid: int) -> None:
     """At once, if it is still there."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _children(parents: set[int]) -> Iterator[int]:

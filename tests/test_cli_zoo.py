@@ -19,7 +19,7 @@ import torch
 
 from phlora_pipeline import cli, render, zoofile
 from phlora_pipeline.cli import stopping, zoo
-from phlora_pipeline.errors import PhloraError
+from phlora_pipeline.errors import DeviceError, PhloraError
 from phlora_pipeline.zoo import latest, status
 from tests import toys
 from tests.s3_server import S3
@@ -130,6 +130,21 @@ class TestRun:
         assert (done.code, done.err) == (0, "")
         assert (done.json["exit_code"], done.json["counts"]) == (0, {"committed": 1})
         assert json.loads(Path(done.json["result"]).read_text())["run"] == done.json["run"]
+
+    def test_an_error_in_the_middle_names_the_record_that_it_left(
+        self, a_zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(*_: object) -> dict[str, str]:
+            print("what a library says on its own")
+            raise DeviceError("the device is gone")
+
+        a_zoo.add("good")
+        monkeypatch.setattr("phlora_pipeline.driver.engine", lambda *_: broken)
+        url, code = a_zoo("run").last
+        assert code == DeviceError.exit_code
+        assert json.loads(Path(url).read_text())["error"] == "the device is gone"
+        told = a_zoo("run", "--json").json
+        assert json.loads(Path(told["result"]).read_text())["exit_code"] == told["exit_code"] == code
 
     def test_nothing_due_reads_and_writes_nothing(self, a_zoo: Zoo) -> None:
         a_zoo.add("good")

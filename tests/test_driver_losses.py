@@ -20,10 +20,32 @@ DIED = exceptions.ActorDiedError()
 class FakePool:
     """Slots, and whether their node is known to be gone."""
 
-    size, desks = 2, 1
+    size, desks, wish, desk_wish = 2, 1, "1 GPU", "a processor"
 
     def __init__(self) -> None:
         self.gone, self.started_slots = False, 0
+        self.started: list[int] = []
+        self.open_desks: list[int] = []
+        self.did: list[str] = []
+
+    def ask(self, slot: int) -> object:
+        self.did.append(f"ask {slot}")
+        return object()
+
+    def run(self, slot: int, task: Any, prefetch: Any) -> object:
+        self.did.append(f"run {slot}")
+        return object()
+
+    def open_desk(self, desk: int) -> object:
+        self.did.append(f"open {desk}")
+        return object()
+
+    def desk_is_open(self, desk: int) -> None:
+        self.open_desks.append(desk)
+
+    def run_job(self, desk: int, job: Any) -> object:
+        self.did.append(f"job {desk}")
+        return object()
 
     def node_is_gone(self, slot: int) -> bool:
         return self.gone
@@ -36,7 +58,7 @@ class FakePool:
         pass
 
     def close_desk(self, desk: int) -> None:
-        pass
+        self.did.append(f"close {desk}")
 
 
 class Bench:
@@ -67,6 +89,12 @@ class Bench:
         assert self.queue.take(0) is not None
         self.loop._failed(0, error)
         return bool(self.queue.lost)
+
+    def answers(self, answer: Any) -> None:
+        """What is being waited for comes."""
+        self.answer = answer
+        for reference in [*self.loop._calls, *self.loop._jobs, *self.loop._opening]:
+            self.loop._ended(reference)
 
 
 def test_a_worker_that_dies_alone_is_charged_to_its_task() -> None:
@@ -110,3 +138,59 @@ def test_a_job_that_loses_its_process_is_done_again_some_times() -> None:
         assert list(bench.loop._backlog) == [] if bench.ended else [job]
         bench.loop._backlog.clear()
     assert bench.ended == [UNAVAILABLE]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The driver's, which goes when it is told to."""
+    time = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(driver.time, "monotonic", lambda: time.now)
+    return time
+
+
+def test_a_worker_that_died_while_it_had_nothing_to_do_is_nobodys_loss(clock: SimpleNamespace) -> None:
+    bench = Bench()
+    bench.pool.started = [0]
+    bench.loop._calls[object()] = 0
+    bench.answers("node")
+    clock.now += driver.REST_SECONDS + 1
+    bench.loop._hand_out()
+    assert bench.pool.did == ["ask 0"]
+    bench.answers(DIED)
+    assert (bench.pool.started_slots, bench.queue.waiting, bench.queue.lost) == (1, 1, {})
+    bench.answers("node")
+    bench.loop._hand_out()
+    assert bench.pool.did == ["ask 0", "run 0"]
+
+
+def test_a_worker_that_has_just_answered_is_not_asked(clock: SimpleNamespace) -> None:
+    bench = Bench()
+    bench.pool.started = [0]
+    bench.loop._calls[object()] = 0
+    bench.answers("node")
+    clock.now += driver.REST_SECONDS / 2
+    bench.loop._hand_out()
+    assert bench.pool.did == ["run 0"]
+
+
+def test_a_job_waits_for_a_desk_that_is_there_and_not_for_ever(clock: SimpleNamespace) -> None:
+    bench = Bench()
+    bench.pool.started = [0]
+    job: Any = object()
+    bench.loop._backlog.append(job)
+    for _ in range(3):
+        bench.loop._hand_out_jobs()
+        bench.loop._require_places()
+    assert bench.pool.did == ["open 0"]
+    clock.now += bench.loop._start_seconds + 1
+    with pytest.raises(
+        DeviceError, match="no process that publishes has started within 901 s; each asks for a processor"
+    ):
+        bench.loop._require_places()
+    bench.answers(DIED)  # its node went
+    bench.loop._hand_out_jobs()
+    bench.answers(None)
+    bench.loop._hand_out_jobs()
+    bench.loop._require_places()
+    assert bench.pool.did == ["open 0", "close 0", "open 0", "job 0"]
+    assert not bench.loop._backlog

@@ -143,7 +143,7 @@ def _scaling(rows: dict[str, Row]) -> list[str]:
             ["of which start-up", *(seconds(row["start_up"]["wall"]) for row in points)],
         ]
         found.append(lines([series, *(str(row["value"]) for row in points)], body))
-    return ["**How cost grows** (fine-tunes that share a base are separate runs)", *found]
+    return ["**How cost grows** (fine-tunes that share a base: one night of `phlora run`)", *found]
 
 
 def _kernels(shapes: dict[str, Row]) -> list[str]:

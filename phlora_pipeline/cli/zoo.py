@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import asdict
@@ -49,15 +50,16 @@ def run(zoo: Zoo, yes: Yes = False, json_output: Json = False) -> None:
         config = _on_its_cluster(_load(zoo))
         with loading():
             from phlora_pipeline import storage
-            from phlora_pipeline.runlog import RUNS
+            from phlora_pipeline.runlog import RESULT, RUNS
             from phlora_pipeline.zoo import night as nights
-        with Stop() as stop, console.night_reporter(quiet=json_output) as observer:
+        aside = contextlib.redirect_stdout(sys.stderr) if json_output else contextlib.nullcontext()
+        with Stop() as stop, console.night_reporter(quiet=json_output) as observer, aside:  # Ray prints what it likes
             result = nights.night(config, observer, yes=yes, stopping=stop)
         code = result.exit_code
-        url = storage.join(config.output, RUNS, result.run, "result.json") if result.run else ""
+        url = storage.join(config.output, RUNS, result.run, RESULT) if result.run else ""
         render.json_object(render.night_record(result, url)) if json_output else render.show_night(result)
     except PhloraError as error:
-        code = error.exit_code
+        url, code = error.result, error.exit_code
         render.show_error(error, as_json=json_output)
     if not json_output:
         render.line(last_line(url, code))

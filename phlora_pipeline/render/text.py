@@ -17,7 +17,8 @@ def json_object(record: dict[str, Any]) -> None:
 def show_error(error: PhloraError, *, as_json: bool) -> None:
     """Two lines for people; for machines one object as well."""
     if as_json:
-        json_object({"error": error.what, "remedy": error.remedy, "exit_code": error.exit_code})
+        where = {"result": error.result} if error.result else {}
+        json_object({"error": error.what, "remedy": error.remedy, "exit_code": error.exit_code, **where})
     line(f"error: {error.what}", sys.stderr)
     if error.remedy:
         line(f"  fix: {error.remedy}", sys.stderr)

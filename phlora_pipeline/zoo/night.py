@@ -57,6 +57,7 @@ def night(
     except PhloraError as error:
         with contextlib.suppress(PhloraError):  # where storage itself is the error, there is no place to write it down
             run.end({"exit_code": error.exit_code, "error": error.what, "remedy": error.remedy})
+            error.result = run.result_url
         raise
     result = _result(
         run.url.rpartition("/")[2], found, models, run.nbytes, run.seconds, stopped=stopping()

@@ -100,3 +100,26 @@ def test_a_base_replaced_while_it_is_read_is_nobodys_failure(zoo: Zoo, tmp_path:
     calm = Zoo(zoo.root, str(tmp_path / "calm"))
     calm.night()
     assert nights.left_behind(zoo.out) == nights.left_behind(calm.out)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a part", "half"])
+@pytest.mark.parametrize("share", ["max", "off"])
+def test_a_damaged_part_is_thrown_away_and_made_again(
+    zoo: Zoo, tmp_path: Path, share: str, damage: bytes | str
+) -> None:
+    """Of a night that was stopped; the other models of its task do not even notice."""
+    base, run = nights.tensors(), {**nights.PLAIN, "share_base": share}
+    for number in range(3):
+        zoo.add(f"m{number}", toys.fine_tuned(base, seed=number))
+    calm = Zoo(zoo.root, str(tmp_path / "calm"))
+    calm.night()
+    watcher = Watcher()
+    zoo.night(watcher, run=run, stopping=lambda: len(watcher.reports) >= 2)
+    part = min((Path(zoo.out) / "_parts").rglob("*.safetensors"))
+    part.write_bytes(damage if isinstance(damage, bytes) else part.read_bytes()[: part.stat().st_size // 2])
+    again = Watcher()
+    result = zoo.night(again, run=run)
+    assert (result.exit_code, result.counts) == (0, {"committed": 3})
+    assert nights.left_behind(zoo.out) == nights.left_behind(calm.out)
+    others = [block for report in again.reports for block in report.blocks if block.model not in str(part)]
+    assert len({block.part_url for block in others}) == len(others)  # each once
