@@ -1,21 +1,23 @@
 """Write side: which keys an adapter file has, what shape each is, and which factor fills it. Layouts, not bytes.
 
-Everything here follows one rule for portability (`servers.toml` and the loaders' sources say why): one rank for all
-modules, reached by zero-padding; `lora_alpha == r`, so that every loader's scale is 1; no rank or alpha patterns, no
+What is portable follows one rule (`servers.toml` and the loaders' sources say why): one rank for all modules, reached by zero-padding; `lora_alpha == r`, so that every loader's scale is 1; no rank or alpha patterns, no
 rsLoRA, no `modules_to_save`, no bias; plain 2-D keys; explicit zero pairs where a family would otherwise have a gap.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from phlora_pipeline import targets
+from phlora_pipeline import carry, safetensors_format, targets
+from phlora_pipeline.carry import Place
+from phlora_pipeline.checkpoint import TensorRef, read_tensors
 from phlora_pipeline.plan import Plan, TensorPair
 
 WEIGHTS = "adapter_model.safetensors"
@@ -39,10 +41,29 @@ class Slot:
     """
 
     key: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     tensor: str | None
     side: Side
     transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A tensor of the adapter file that is no factor: one that is kept whole, or the difference of a bias.
+
+    Attributes:
+        key: its name in the file.
+        dtype: as stored there, in safetensors' name; of a difference F32.
+        shape: as in the fine-tune.
+        tuned: the fine-tune's tensor; None for zeros.
+        base: what is taken off it; None where it is kept whole.
+    """
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    tuned: TensorRef | None = None
+    base: TensorRef | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,28 +71,59 @@ class Layout:
     """The adapter file as a whole.
 
     Attributes:
-        slots: in file order: by key, as the reference library sorts tensors of one dtype.
+        slots: by key.
         modules: the modules that have a pair.
         zero_filled: those of them whose pair is zero.
         fan_in_fan_out: whether any pair is for a weight stored as (in, out).
+        kept: what is no factor, by key.
+        whole: modules that are kept whole.
+        biases: whether the pairs have biases.
     """
 
     slots: tuple[Slot, ...]
     modules: frozenset[str]
     zero_filled: frozenset[str]
     fan_in_fan_out: bool
+    kept: tuple[Kept, ...] = ()
+    whole: tuple[str, ...] = ()
+    biases: bool = False
+
+    def carries(self, place: Place) -> bool:
+        """Whether what belongs there is in the file."""
+        return self.biases if place.how == "bias" else place.module in self.whole
+
+    def in_file_order(self, dtype: str) -> list[Slot | Kept]:
+        """As the reference library sorts: wider dtypes first, which keeps all of them aligned, then by key."""
+
+        def order(item: Slot | Kept) -> tuple[int, str]:
+            return -safetensors_format.DTYPE_BITS[item.dtype if isinstance(item, Kept) else dtype], item.key
+
+        return sorted((*self.slots, *self.kept), key=order)
 
 
-def make_layout(plan: Plan, changed: frozenset[str]) -> Layout:
-    """Slots for every changed target, its tied output, and the zero pairs that complete families.
+def make_layout(
+    plan: Plan,
+    factored: frozenset[str],
+    changed: frozenset[str] = frozenset(),
+    base: Mapping[str, TensorRef] | None = None,
+    tuned: Mapping[str, TensorRef] | None = None,
+) -> Layout:
+    """Slots for every changed target, its tied output, the zero pairs that complete families, and what is kept whole.
 
     Args:
         plan: what was meant to be adapted.
-        changed: names of the tensors that have factors.
+        factored: names of the tensors that have factors.
+        changed: names of all tensors that differ from the base's.
+        base, tuned: the checkpoints' tensors, for what is kept whole.
     """
-    own = [pair for pair in plan.adapted if pair.name in changed]
+    own = [pair for pair in plan.adapted if pair.name in factored]
     adapted = frozenset(pair.module for pair in own)
     zero = targets.families(plan.matrices, adapted) if plan.dialect == "portable" else frozenset()
+    moved = {place.module for name, place in plan.carried.items() if place.how == "bias" and name in changed}
+    zero |= moved - adapted  # a bias needs a pair that it can be the bias of
+    whole = tuple(carry.kept_modules(changed, plan.carried, tuned or {}))
+    if whole and not adapted | zero:
+        zero = frozenset({plan.adapted[0].module})  # PEFT loads no LoRA without a pair
     slots = [slot for pair in own for slot in _pair_slots(plan, pair, pair.name)]
     slots += [slot for module in zero for slot in _pair_slots(plan, plan.matrices[module], None)]
     if plan.tied and plan.tied[0] in adapted:
@@ -86,7 +138,40 @@ def make_layout(plan: Plan, changed: frozenset[str]) -> Layout:
         )
         adapted |= {output}
     turned = any(targets.is_transposed(module, plan.model_type) for module in adapted)
-    return Layout(tuple(sorted(slots, key=lambda slot: slot.key)), adapted | zero, zero, turned)
+    kept = [*_whole(plan, whole, tuned or {})]
+    if moved:
+        kept += [_bias(plan, module, base or {}, tuned or {}) for module in adapted | zero]
+    if plan.tied and plan.tied[0] in whole:
+        whole += (plan.tied[1],)
+    return Layout(
+        tuple(sorted(slots, key=lambda slot: slot.key)),
+        adapted | zero,
+        zero,
+        turned,
+        tuple(sorted(kept, key=lambda item: item.key)),
+        whole,
+        bool(moved),
+    )
+
+
+def _whole(plan: Plan, modules: Sequence[str], tuned: Mapping[str, TensorRef]) -> Iterator[Kept]:
+    """Every tensor of these modules, and of the output that one of them is tied to."""
+    for name, ref in tuned.items():
+        module, _, leaf = name.rpartition(".")
+        if module not in modules:
+            continue
+        yield Kept(PREFIX + name, ref.dtype, ref.shape, ref)
+        if plan.tied and module == plan.tied[0]:
+            yield Kept(f"{PREFIX}{plan.tied[1]}.{leaf}", ref.dtype, ref.shape, ref)
+
+
+def _bias(plan: Plan, module: str, base: Mapping[str, TensorRef], tuned: Mapping[str, TensorRef]) -> Kept:
+    """The difference of a module's bias; zeros where it has none. PEFT looks for one beside every pair."""
+    name, pair = f"{module}.bias", plan.matrices[module]
+    rows = pair.shape[1] if targets.is_transposed(module, plan.model_type) else pair.rows
+    if name in base and name in tuned:
+        return Kept(f"{PREFIX}{module}.lora_B.bias", "F32", tuned[name].shape, tuned[name], base[name])
+    return Kept(f"{PREFIX}{module}.lora_B.bias", "F32", (rows,))
 
 
 def _pair_slots(plan: Plan, pair: TensorPair, tensor: str | None) -> list[Slot]:
@@ -98,14 +183,16 @@ def _pair_slots(plan: Plan, pair: TensorPair, tensor: str | None) -> list[Slot]:
 def _slots(
     module: str, pair: TensorPair, rank: int, tensor: str | None, *, embedding: bool, transposed: bool
 ) -> list[Slot]:
-    d, k = pair.shape
+    d, k = pair.rows, pair.shape[1]
     inputs, outputs = (d, k) if transposed else (k, d)
     first, second = ("B", "A") if transposed else ("A", "B")
     # PEFT keeps an embedding's factors as bare parameters, the others' as modules with a weight.
     down, up = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    # A convolution's factors are a convolution with its kernel, and one with a kernel of 1.
+    into, out_of = (pair.kernel, (1,) * (len(pair.kernel) - 1)) if pair.kernel else ((inputs,), ())
     return [
-        Slot(f"{PREFIX}{module}.{down}", (rank, inputs), tensor, first, transposed),  # type: ignore[arg-type]
-        Slot(f"{PREFIX}{module}.{up}", (outputs, rank), tensor, second, transposed),  # type: ignore[arg-type]
+        Slot(f"{PREFIX}{module}.{down}", (rank, *into), tensor, first, transposed),  # type: ignore[arg-type]
+        Slot(f"{PREFIX}{module}.{up}", (outputs, rank, *out_of), tensor, second, transposed),  # type: ignore[arg-type]
     ]
 
 
@@ -121,12 +208,22 @@ def fill(slot: Slot, factor: Tensor | None, rank: int, dtype: torch.dtype) -> Te
     Returns:
         Contiguous, of the slot's shape.
     """
-    filled = torch.zeros(slot.shape, dtype=dtype)
+    filled = torch.zeros((slot.shape[0], math.prod(slot.shape[1:])), dtype=dtype)
     if factor is not None:
         kept = round_factor(cut(factor, slot.side, rank), dtype)
         kept = kept.mT if slot.transposed else kept
         filled[: kept.shape[0], : kept.shape[1]] = kept
-    return filled
+    return filled.reshape(slot.shape)
+
+
+def keep(item: Kept) -> Tensor:
+    """The tensor itself, read from the checkpoints."""
+    if item.tuned is None:
+        return torch.zeros(item.shape)
+    if item.base is None:
+        return read_tensors([item.tuned])[0]
+    tuned, base = read_tensors([item.tuned, item.base])
+    return tuned.float() - base.float()
 
 
 def cut(factor: Tensor, side: Side, rank: int) -> Tensor:
@@ -172,12 +269,13 @@ def adapter_config(plan: Plan, layout: Layout, base_name: str, architectures: Se
         "lora_alpha": plan.written_rank,
         "lora_dropout": 0.0,
         "bias": "none",
+        **({"lora_bias": True} if layout.biases else {}),
         "fan_in_fan_out": layout.fan_in_fan_out,
         "use_rslora": False,
         "use_dora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "modules_to_save": None,
+        "modules_to_save": list(layout.whole) or None,
         "target_modules": targets.target_modules(layout.modules, [*plan.modules, *layout.modules]),
     }
 

@@ -38,8 +38,13 @@ def model_card(plan: Plan, rows: Sequence[EnergyRow], *, base_name: str, dtype: 
         f"| kept by the rank-{plan.rank} factors of the adapted tensors (E_r) | {percent(summary.preserved_energy)} |",
         f"| kept by the bytes as written | {percent(summary.written_energy)} |",
         f"| lying in adapted tensors at all | {percent(summary.coverage)} |",
+        *(
+            [f"| lying in tensors that are kept whole | {percent(summary.carried_energy, 2)} |"]
+            if summary.carried
+            else []
+        ),
         "",
-        f"{summary.adapted} tensors are adapted, {summary.unchanged} unchanged, {summary.zero_filled} zero-filled to complete a family, {summary.skipped} left out, {summary.failed} failed. `energy.parquet` has a row for each.",
+        f"{summary.adapted} tensors are adapted, {summary.unchanged} unchanged, {summary.zero_filled} zero-filled to complete a family, {summary.carried} kept whole, {summary.skipped} left out, {summary.failed} failed. `energy.parquet` has a row for each.",
         "",
     ]
     lines += _left_out(rows, summary)
@@ -51,9 +56,8 @@ def model_card(plan: Plan, rows: Sequence[EnergyRow], *, base_name: str, dtype: 
         'model = PeftModel.from_pretrained(base_model, "THIS_FOLDER")',
         "```",
         "",
-        f"vLLM: `vllm serve BASE --enable-lora --max-lora-rank {plan.written_rank} --lora-modules NAME=THIS_FOLDER`.",
-        "llama.cpp: `convert_lora_to_gguf.py --base BASE THIS_FOLDER`.",
-        "",
+        *_servers(plan, summary),
+        *_new_rows(plan, rows),
     ]
     if plan.tied:
         lines += [
@@ -61,6 +65,33 @@ def model_card(plan: Plan, rows: Sequence[EnergyRow], *, base_name: str, dtype: 
             "",
         ]
     return "\n".join(lines)
+
+
+def _servers(plan: Plan, summary: Summary) -> list[str]:
+    if summary.carried:
+        return ["PEFT only: vLLM and llama.cpp refuse, and SGLang drops, what is kept whole beside the factors.", ""]
+    return [
+        f"vLLM: `vllm serve BASE --enable-lora --max-lora-rank {plan.written_rank} --lora-modules NAME=THIS_FOLDER`.",
+        "llama.cpp: `convert_lora_to_gguf.py --base BASE THIS_FOLDER`.",
+        "",
+    ]
+
+
+def _new_rows(plan: Plan, rows: Sequence[EnergyRow]) -> list[str]:
+    """Who can load a vocabulary that the fine-tune has grown."""
+    grown = {row.tensor: row for row in rows if row.tensor in plan.grown}
+    if not grown:
+        return []
+    size = max(row.shape[0] for row in grown.values())
+    if any(row.status == "carried" for row in grown.values()):
+        return [
+            f"The fine-tune has more tokens than the base: resize the base before loading, `base_model.resize_token_embeddings({size})`. Without that PEFT refuses the adapter; no server can load it.",
+            "",
+        ]
+    return [
+        f"The fine-tune has more tokens than the base, up to {size}; the adapter is for the base's own and does not know the new ones. `--for peft --carry all` keeps them.",
+        "",
+    ]
 
 
 def _left_out(rows: Sequence[EnergyRow], summary: Summary) -> list[str]:

@@ -63,6 +63,15 @@ class TensorRef:
         """Bytes as stored."""
         return self.stop - self.start
 
+    @property
+    def matrix(self) -> TensorRef:
+        """The same bytes as a matrix: a convolution's kernel (d, k₁, k₂ …) flattened to (d, k₁k₂…)."""
+        return replace(self, shape=(self.shape[0], math.prod(self.shape[1:])))
+
+    def rows(self, count: int) -> TensorRef:
+        """Its first rows."""
+        return replace(self.entries(0, count * math.prod(self.shape[1:])), shape=(count, *self.shape[1:]))
+
     def entries(self, start: int, stop: int) -> TensorRef:
         """Some of its entries, in row-major order, as a vector; as many as there are up to `stop`."""
         numel = math.prod(self.shape)

@@ -45,6 +45,10 @@ class RunConfig(BaseModel):
     targets: Literal["all", "linear", "paper"] = "all"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    carry: Literal["none", "all"] = Field(
+        default="none",
+        description="all: norms, biases and grown embeddings are kept whole, where PEFT has a place for them",
+    )
     dialect: Literal["portable", "peft"] = "portable"
     dtype: Dtype = "auto"
     solver: Literal["auto", "krylov", "gram", "exact"] = "auto"
@@ -94,6 +98,10 @@ class RunConfig(BaseModel):
     def _consistent(self) -> RunConfig:
         if self.max_rank == 0:
             object.__setattr__(self, "max_rank", self.rank if self.energy is None else ENERGY_MAX_RANK)
+        if self.carry == "all" and self.dialect != "peft":
+            raise ValueError(
+                f"carry all needs dialect peft (--for peft): what servers take as {self.dialect} has no place for norms and biases; vLLM and llama.cpp refuse modules_to_save"
+            )
         if self.energy is not None:
             object.__setattr__(self, "rank", self.max_rank)
         if not self.rank <= self.max_rank <= MAX_RANK:

@@ -133,6 +133,7 @@ def prepare(config: RunConfig, base: Checkpoint, parts_url: str, model: str = ""
         parts_url=parts_url,
         identity=(("dtype", config.dtype), ("base_name", base_name)),
         model=model,
+        carry=config.carry,
     )
     return Prepared(base, tuned, make_plan(base, tuned, settings), base_name)
 
@@ -346,7 +347,7 @@ def _result(config: RunConfig, prepared: Prepared, concluded: Concluded, read: i
 def _run_record(config: RunConfig, prepared: Prepared, reduction: Reduction) -> dict[str, Any]:
     """`run.json`: what decided the adapter's bytes, and nothing that differs between two runs that give the same."""
     deciding = (
-        "rank", "energy", "max_rank", "targets", "include", "exclude", "dialect", "dtype", "solver", "tolerance"
+        "rank", "energy", "max_rank", "targets", "include", "exclude", "carry", "dialect", "dtype", "solver", "tolerance"
     )  # fmt: skip
     settings = config.model_dump(mode="json", include=set(deciding))
     return {

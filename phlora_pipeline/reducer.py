@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from phlora_pipeline import adapter, lowrank, manifest, parts, safetensors_format, storage, targets
-from phlora_pipeline.adapter import Layout, Slot
+from phlora_pipeline.adapter import Kept, Layout, Slot
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef
 from phlora_pipeline.errors import ConflictError, RequestError
 from phlora_pipeline.manifest import EnergyRow
@@ -68,7 +68,8 @@ class Reduction:
     def weight_bytes(self) -> int:
         """Size of the adapter's tensors."""
         name = adapter.DTYPES[self.dtype][0]
-        return sum(safetensors_format.tensor_bytes(name, slot.shape) for slot in self.layout.slots)
+        factors = sum(safetensors_format.tensor_bytes(name, slot.shape) for slot in self.layout.slots)
+        return factors + sum(safetensors_format.tensor_bytes(item.dtype, item.shape) for item in self.layout.kept)
 
 
 def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint, tuned: Checkpoint) -> Reduction:
@@ -94,7 +95,8 @@ def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint,
         sources |= {name: part for name, result in part.results.items() if result.status == "factored"}
     if plan.energy is not None:
         plan = plan.of_rank(max((len(results[name].singular_values) for name in sources), default=1))
-    layout = adapter.make_layout(plan, frozenset(sources))
+    changed = plan.grown | {name for name, result in results.items() if result.delta_sq > 0}
+    layout = adapter.make_layout(plan, frozenset(sources), changed, base.tensors, tuned.tensors)
     picked = adapter.pick_dtype(dtype, plan.adapted)
     rows = []
     for name, ref in sorted(tuned.tensors.items()):
@@ -104,6 +106,7 @@ def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint,
         if name in sources:
             row = _adapted_row(row, results[name], sources[name], plan, adapter.DTYPES[picked][1])
         rows.append(row)
+        rows += _new_rows(row, plan, layout)
     return Reduction(plan, tuple(rows), layout, picked, _median_cosine(results.values(), tuned), sources)
 
 
@@ -219,12 +222,17 @@ def drop_parts(plan: Plan) -> None:
 def weights(reduction: Reduction) -> tuple[bytes, parts.Body]:
     """`adapter_model.safetensors`: its first bytes, and a producer of the rest that holds one tensor at a time."""
     name, dtype = adapter.DTYPES[reduction.dtype]
-    slots = reduction.layout.slots
-    header = safetensors_format.build_header({slot.key: (name, slot.shape) for slot in slots}, {"format": "pt"})
+    items = reduction.layout.in_file_order(name)
+    header = safetensors_format.build_header(
+        {item.key: (item.dtype if isinstance(item, Kept) else name, item.shape) for item in items}, {"format": "pt"}
+    )
 
     def tensors() -> Iterator[bytes]:
-        for slot in slots:
-            yield from parts.tensor_chunks(adapter.fill(slot, _factor(slot, reduction), reduction.plan.rank, dtype))
+        for item in items:
+            if isinstance(item, Kept):
+                yield from parts.tensor_chunks(adapter.keep(item))
+            else:
+                yield from parts.tensor_chunks(adapter.fill(item, _factor(item, reduction), reduction.plan.rank, dtype))
 
     return header, tensors
 
@@ -240,14 +248,27 @@ def _blank_row(plan: Plan, ref: TensorRef, base: TensorRef | None) -> EnergyRow:
     )  # fmt: skip
 
 
+def _new_rows(row: EnergyRow, plan: Plan, layout: Layout) -> Iterator[EnergyRow]:
+    """A row for those rows of a vocabulary that the base lacks: there is nothing to compare them with."""
+    for name, reason in plan.unread.items():
+        if name.startswith(f"{row.tensor}[") and name.endswith(":]"):
+            place = plan.carried.get(row.tensor)
+            kept = place is not None and layout.carries(place)
+            yield EnergyRow(
+                plan.version, name, name, row.kind, (row.shape[0] - int(name[len(row.tensor) + 1 : -2]), *row.shape[1:]), "",
+                row.tuned_dtype, status="carried" if kept else "skipped", reason=place.words if place and kept else reason,
+            )  # fmt: skip
+
+
 def _measured_row(row: EnergyRow, result: TensorResult, plan: Plan, layout: Layout) -> EnergyRow:
     if result.status == "failed":
         excluded = plan.left_out.get(row.tensor) == targets.EXCLUDED
         told = f"{targets.EXCLUDED}; {result.reason}" if excluded else result.reason
         return replace(row, status="skipped" if excluded else "failed", reason=told)
     changed = result.delta_sq > 0
-    filled = row.module in layout.zero_filled
-    status: manifest.Status = "zero_filled" if filled else "skipped" if changed else "unchanged"
+    filled = row.module in layout.zero_filled and row.tensor not in plan.carried
+    kept = changed and row.tensor in plan.carried and layout.carries(plan.carried[row.tensor])
+    status: manifest.Status = "zero_filled" if filled else "carried" if kept else "skipped" if changed else "unchanged"
     reason = plan.left_out.get(row.tensor, "") if changed else "no entry differs" if filled else ""
     if plan.tied and row.module == plan.tied[1] and row.module in layout.modules:
         status = "adapted"
@@ -262,7 +283,7 @@ def _measured_row(row: EnergyRow, result: TensorResult, plan: Plan, layout: Layo
 
 
 def _adapted_row(row: EnergyRow, result: TensorResult, part: Part, plan: Plan, dtype: torch.dtype) -> EnergyRow:
-    d, k = row.shape
+    most = min(row.shape[0], math.prod(row.shape[1:]))
     values = result.singular_values
     rank = min(plan.rank, len(values))
     dropped_sq = result.residual_sq + math.fsum(value * value for value in values[rank:])
@@ -270,22 +291,22 @@ def _adapted_row(row: EnergyRow, result: TensorResult, part: Part, plan: Plan, d
     return replace(
         row,
         status="adapted",
-        reason="; ".join([*_about_rank(result, row.shape, plan), *result.notes]),
+        reason="; ".join([*_about_rank(result, most, plan), *result.notes]),
         rank=rank,
         preserved_energy=lowrank.preserved_energy(values, result.delta_sq, rank),
         written_energy=1 - lost_sq / result.delta_sq,
         singular_values=values,
-        energy_at={r: lowrank.preserved_energy(values, result.delta_sq, min(r, d, k)) for r in manifest.ENERGY_RANKS},
+        energy_at={r: lowrank.preserved_energy(values, result.delta_sq, min(r, most)) for r in manifest.ENERGY_RANKS},
         solver=result.solver,
         certificate=result.certificate,
     )
 
 
-def _about_rank(result: TensorResult, shape: tuple[int, ...], plan: Plan) -> Iterator[str]:
+def _about_rank(result: TensorResult, most: int, plan: Plan) -> Iterator[str]:
     values = result.singular_values
     if plan.energy is None:
-        if plan.rank > min(shape):
-            yield f"rank {plan.rank} clipped to {min(shape)}, all there is"
+        if plan.rank > most:
+            yield f"rank {plan.rank} clipped to {most}, all there is"
     elif (kept := lowrank.preserved_energy(values, result.delta_sq, len(values))) is not None and kept < plan.energy:
         yield f"the threshold of {plan.energy:g} is not reached at the largest rank allowed, {len(values)}"
 

@@ -17,11 +17,12 @@ class Summary:
     Attributes:
         adapted, unchanged, zero_filled, carried, skipped, failed: numbers of tensors.
         coverage: share of ‖ΔW‖² over all compared tensors that lies in adapted ones; None where nothing changed.
+        carried_energy: the share that lies in tensors that are kept whole.
         preserved_energy: E_r over the adapted tensors.
         written_energy: the same from the values as stored.
         energy_at: E_r over the adapted tensors at each rank; None where it is not known for all of them.
         uncompared: tensors that could not be compared with the base: (tensor, reason). Their change is not known, and is in no share.
-        left_out: the changed tensors that are not adapted, largest share of ‖ΔW‖² first: (tensor, reason, share, relative change).
+        left_out: the changed tensors that are neither adapted nor kept whole, largest share of ‖ΔW‖² first: (tensor, reason, share, relative change).
     """
 
     adapted: int
@@ -31,6 +32,7 @@ class Summary:
     skipped: int
     failed: int
     coverage: float | None
+    carried_energy: float | None
     preserved_energy: float | None
     written_energy: float | None
     energy_at: dict[int, float | None]
@@ -52,10 +54,15 @@ def summarize(rows: Sequence[EnergyRow]) -> Summary:
     # A tied output's row repeats the embedding's delta, which is counted once.
     changed = [row for row in rows if row.delta_norm and not (row.status == "adapted" and row.rank is None)]
     total, own = _energy(changed), _energy(factored)
-    out = sorted((row for row in changed if row.rank is None), key=lambda row: (-_squared(row), row.tensor))
+    kept = [row for row in changed if row.status == "carried"]
+    out = sorted(
+        (row for row in changed if row.rank is None and row.status != "carried"),
+        key=lambda row: (-_squared(row), row.tensor),
+    )
     return Summary(
         **count,
         coverage=own / total if total else None,
+        carried_energy=_energy(kept) / total if total else None,
         preserved_energy=_mean(factored, [row.preserved_energy for row in factored]),
         written_energy=_mean(factored, [row.written_energy for row in factored]),
         energy_at={rank: _mean(factored, [row.energy_at.get(rank) for row in factored]) for rank in ENERGY_RANKS},

@@ -23,10 +23,12 @@ Dialect = Literal["portable", "peft"]
 
 EXCLUDED = "excluded by --exclude"
 
-MATRIX_KINDS: frozenset[Kind] = frozenset({"attention", "mlp", "expert", "router", "embedding", "lm_head", "linear"})
+MATRIX_KINDS: frozenset[Kind] = frozenset(
+    {"attention", "mlp", "expert", "router", "embedding", "lm_head", "linear", "conv"}
+)
 _TARGET_KINDS: dict[Targets, frozenset[Kind]] = {
     "all": MATRIX_KINDS,
-    "linear": MATRIX_KINDS - {"embedding", "lm_head"},
+    "linear": MATRIX_KINDS - {"embedding", "lm_head", "conv"},
     "paper": frozenset({"attention", "mlp", "expert"}),  # the paper's Appendix B
 }
 
@@ -204,8 +206,6 @@ def shape_refusal(shape: Sequence[int], kind: Kind, dtype: str) -> str:
     """Why a tensor cannot be a LoRA target at all; empty where it can."""
     if kind in {"norm", "bias"}:
         return f"a {kind} has no low-rank form"
-    if kind == "conv":
-        return f"{len(shape)}-D weights (convolutions, fused experts) are not adapted yet"
     if kind == "other" or len(shape) != 2:
         return "not the 2-D weight of a module that loaders find and apply by its name"
     if dtype not in {"F64", "F32", "F16", "BF16"}:
@@ -213,6 +213,31 @@ def shape_refusal(shape: Sequence[int], kind: Kind, dtype: str) -> str:
     if 0 in shape:
         return f"empty: shape {list(shape)}"
     return ""
+
+
+def kernel_refusal(kernel: Sequence[int]) -> str:
+    """Why a convolution is not adapted, from its kernel (channels, height …); empty where it is."""
+    if kernel and kernel[0] == 1:
+        return "a kernel of one input channel: grouped or not, its shape does not tell, and PEFT's factors differ"
+    return ""
+
+
+def resized(shapes: Iterable[tuple[Kind, Sequence[int], Sequence[int]]]) -> frozenset[tuple[int, int]]:
+    """How the fine-tune's vocabularies were grown or shrunk: (rows in the base, rows in the fine-tune).
+
+    Told by embeddings and output matrices; whatever else changes its rows in just that way has a row per token, too.
+
+    Args:
+        shapes: kind, shape in the base, shape in the fine-tune, of each tensor.
+    """
+    return frozenset(
+        (base[0], tuned[0])
+        for kind, base, tuned in shapes
+        if kind in {"embedding", "lm_head"}
+        and len(base) == len(tuned) == 2
+        and base[0] != tuned[0]
+        and base[1] == tuned[1]
+    )
 
 
 def families(modules: Iterable[str], adapted: frozenset[str]) -> frozenset[str]:

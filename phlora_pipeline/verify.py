@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from phlora_pipeline import adapter, lowrank, manifest, reducer, storage, targets
+from phlora_pipeline import adapter, lowrank, manifest, reducer, storage, targets, verify_kept
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef, open_checkpoint, open_file, read_tensors
 from phlora_pipeline.errors import NotFoundError, RequestError
 from phlora_pipeline.extract import checked_device
@@ -88,7 +88,9 @@ def verify(
     config = _config(folder)
     rank, scale = _rank_and_scale(config, folder)
     tensors, _ = open_file(storage.join(folder, adapter.WEIGHTS))
-    pairs, problems = _pairs(tensors, rank)
+    factors, problems = verify_kept.without_kept(tensors, config, base, tuned)
+    pairs, more = _pairs(factors, rank)
+    problems += more
     promised = _promises(folder)
     problems += _digest_problems(folder)
     problems += _key_problems(pairs, config, base, promised)
@@ -116,7 +118,7 @@ def _config(folder: str) -> dict[str, Any]:
 
 
 def _rank_and_scale(config: Mapping[str, Any], folder: str) -> tuple[int, float]:
-    for name in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save"):
+    for name in ("rank_pattern", "alpha_pattern", "use_dora"):
         if config.get(name):
             raise RequestError(
                 f"{folder} uses {name}, which verify does not measure",
@@ -143,7 +145,7 @@ def _pairs(tensors: Mapping[str, TensorRef], rank: int) -> tuple[dict[str, _Pair
             problems.append(f"{module} has {', '.join(sorted(found))} without its counterpart")
             continue
         down, up = (found[name] for name in sorted(found))
-        if (down.shape[:1], up.shape[1:]) == ((rank,), (rank,)):
+        if down.shape[0] == rank == up.shape[1]:
             pairs[module] = _Pair(down, up, embedding="lora_embedding_A" in found)
         else:
             problems.append(f"{module} has {list(down.shape)} and {list(up.shape)}, {adapter.CONFIG} says rank {rank}")
@@ -211,9 +213,12 @@ def _check(
         )
     row = promised.get(targets.module_of(name))
     before, after = base.tensors.get(name), tuned.tensors.get(name)
-    if before is None or after is None or before.shape != after.shape or len(before.shape) != 2:
+    if before is None or after is None or before.shape[1:] != after.shape[1:] or len(before.shape) < 2:
         return _unmeasured(module, "the checkpoints hold no comparable matrix of this name")
-    down, up = (tensor.to(device, torch.float32) for tensor in read_tensors([pair.down, pair.up]))  # (r, in), (out, r)
+    down, up = (
+        tensor.to(device, torch.float32).flatten(1) for tensor in read_tensors([pair.down, pair.up])
+    )  # (r, in), (out, r)
+    before, after = before.matrix, after.matrix
     turned = pair.embedding or targets.is_transposed(module, tuned.model_type or base.model_type)
     product = (down.mT, up.mT) if turned else (up, down)
     if (product[0].shape[0], product[1].shape[1]) != before.shape:
@@ -223,8 +228,11 @@ def _check(
     if row and row.status in {"zero_filled", "failed"}:
         is_zero = not (down.any() and up.any())
         return _unmeasured(module, "" if is_zero else f"the manifest says {row.status}, but the pair is not zero")
-    delta = torch.empty(before.shape, dtype=torch.float32, device=device)
-    stored = read_tensors([before, after])
+    # Of a vocabulary that was grown or shrunk the shared rows; the adapter has a row for each that the base has.
+    shared = min(before.shape[0], after.shape[0])
+    product = (product[0][:shared], product[1])
+    delta = torch.empty((shared, before.shape[1]), dtype=torch.float32, device=device)
+    stored = read_tensors([before.rows(shared), after.rows(shared)])
     total = float(lowrank.form_delta(stored[0], stored[1], delta)[2])
     left = float(lowrank.sum_of_squares(delta.addmm_(*product, alpha=-scale)))
     energy = 1 - left / total if total else None

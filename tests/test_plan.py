@@ -145,11 +145,13 @@ def test_disjoint_names_are_refused_with_an_example_of_each() -> None:
 
 
 def test_differing_shapes_are_refused_by_name_unless_excluded() -> None:
-    grown = llama() | {"lm_head.weight": (101, 64)}
-    with pytest.raises(RequestError, match=r"lm_head\.weight \(base \[100, 64\], fine-tune \[101, 64\]\)"):
-        planned(llama(), tuned=grown)
-    made = planned(llama(), replace(SETTINGS, selection=Selection(exclude=("lm_head",))), tuned=grown)
-    assert "[101, 64]" in made.unread["lm_head.weight"]
+    name = "model.layers.0.mlp.up_proj.weight"
+    d, k = llama()[name]
+    other = llama() | {name: (d + 1, k)}
+    with pytest.raises(RequestError, match=rf"up_proj\.weight \(base \[{d}, {k}\], fine-tune \[{d + 1}, {k}\]\)"):
+        planned(llama(), tuned=other)
+    made = planned(llama(), replace(SETTINGS, selection=Selection(exclude=(name,))), tuned=other)
+    assert f"[{d + 1}, {k}]" in made.unread[name]
 
 
 def test_nothing_to_adapt_says_why() -> None:

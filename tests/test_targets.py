@@ -59,7 +59,7 @@ def test_kind(name: str, shape: tuple[int, ...], kind: str) -> None:
     [
         ((8,), "norm", "F32", "norm"),
         ((8,), "bias", "F32", "bias"),
-        ((8, 3, 3, 3), "conv", "F32", "4-D"),
+        ((8, 27), "conv", "F32", ""),
         ((32, 8), "other", "F32", "not the 2-D weight"),
         ((32, 8), "mlp", "F8_E4M3", "quantised"),
         ((0, 8), "mlp", "F32", "empty"),
@@ -192,3 +192,12 @@ def test_target_modules_match_exactly_what_is_adapted(adapted: set[str]) -> None
 def test_conv1d_weights_are_stored_the_other_way_round() -> None:
     assert targets.is_transposed("transformer.h.0.attn.c_attn", "gpt2")
     assert not targets.is_transposed("transformer.h.0.attn.c_attn", "llama")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "says"),
+    [((), ""), ((3, 3, 3), ""), ((2, 5), ""), ((1, 3, 3), "one input channel"), ((1, 5), "one input")],
+)
+def test_a_kernel_of_one_channel_is_not_guessed_at(kernel: tuple[int, ...], says: str) -> None:
+    assert says in targets.kernel_refusal(kernel)
+    assert bool(says) == bool(targets.kernel_refusal(kernel))

@@ -40,7 +40,7 @@ discover:
     exclude: ["tmp-*"]
 overrides:
   - {match: "support-*", extract: {rank: 48, dtype: float32}}
-extract: {rank: 16, energy: null, max_rank: 0, targets: all, include: [], exclude: ["*.lm_head"], for: peft, dtype: auto, solver: auto, tolerance: 1.0e-3, profile: "", preset: null}
+extract: {rank: 16, energy: null, max_rank: 0, targets: all, include: [], exclude: ["*.lm_head"], carry: none, for: peft, dtype: auto, solver: auto, tolerance: 1.0e-3, profile: "", preset: null}
 run: {engine: auto, device: auto, workers: 0, threads: 0, gpus_per_worker: 0.5, share_base: max, allow_partial: false, force: false, keep_parts: true}
 limits: {max_models: 5, max_bytes: 0, max_minutes: 0, max_models_due: 100}
 keep: 3

@@ -56,7 +56,7 @@ def run(root: Path) -> int:
 def extract_and_score(pair: Pair) -> table.Result:
     """One pair's way: `phlora extract`, `phlora verify`, PEFT."""
     say(f"{pair.name}: extracting")
-    done = command.extract(pair.base, pair.tuned, pair.adapter)
+    done = command.extract(pair.base, pair.tuned, pair.adapter, pair.options)
     say(f"{pair.name}: extracted in {done.seconds:.0f} s, verifying")
     command.verify(pair.base, pair.tuned, pair.adapter)
     say(f"{pair.name}: scoring base, fine-tune, and base + adapter")

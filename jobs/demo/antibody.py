@@ -51,8 +51,9 @@ def prepare(root: Path, say: Callable[[str], None]) -> Pair:
         metric=f"numbered as the fine-tune, {len(sharks)} shark sequences",
         base=base,
         tuned=tuned,
-        adapter=folder / "adapter-r32",
+        adapter=folder / "adapter-r32-whole",
         scores=partial(_scores, base, tuned, sharks),
+        options=("--carry", "all"),
     )
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Done:
     seconds: float
 
 
-def extract(base: Path, tuned: Path, out: Path, *, expect: int = 0) -> Done:
+def extract(base: Path, tuned: Path, out: Path, options: Sequence[str] = (), *, expect: int = 0) -> Done:
     """`phlora extract`, for PEFT: no server among those of the portable dialect takes these model types."""
     ranks = ["--rank", str(RANK), "--max-rank", str(MAX_RANK)]
     return _phlora(
@@ -41,6 +42,7 @@ def extract(base: Path, tuned: Path, out: Path, *, expect: int = 0) -> Done:
         "--out",
         str(out),
         *ranks,
+        *options,
         "--for",
         "peft",
         "--json",

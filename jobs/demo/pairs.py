@@ -18,6 +18,7 @@ class Pair:
         metric: what the scores are, in a few words.
         base, tuned: checkpoint folders.
         adapter: where its adapter goes.
+        options: of `phlora extract`, beside the checkpoints and the rank.
         scores: given the adapter's folder, the metric of base, fine-tune, and base with the adapter, each from 0 to 1.
     """
 
@@ -27,6 +28,7 @@ class Pair:
     tuned: Path
     adapter: Path
     scores: Callable[[Path], Scores]
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ def notes(result: Result) -> list[str]:
     ]
     if scores.matrices is not None and scores.matrices < scores.tuned:
         lines.append(
-            f"why: the fine-tune's own matrices, whole, score {percent(scores.matrices)} in the base; the rest needs what is left out, which is not carried yet"
+            f"the fine-tune's own matrices, whole, score {percent(scores.matrices)} in the base: the rest is what --carry all keeps beside the factors"
         )
     lines.append(f"adapter: {_shown(result.pair.adapter)}")
     return lines

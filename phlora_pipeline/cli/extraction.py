@@ -14,6 +14,8 @@ from phlora_pipeline.cli.options import (
     RUN,
     Base,
     BaseName,
+    Carry,
+    CarryOption,
     Dialect,
     Dtype,
     DtypeOption,
@@ -53,6 +55,7 @@ def extract(
     targets: TargetsOption = Targets.ALL,
     include: Include = None,
     exclude: Exclude = None,
+    carry: CarryOption = Carry.NONE,
     dialect: For = Dialect.PORTABLE,
     base_name: BaseName = "",
     dtype: DtypeOption = Dtype.AUTO,
@@ -112,7 +115,7 @@ def extract(
     from phlora_pipeline import config
 
     settings = config.run_config(
-        base=base, tuned=tuned, out=out, rank=rank, energy=energy, max_rank=max_rank, targets=targets.value, include=tuple(include or ()), exclude=tuple(exclude or ()),
+        base=base, tuned=tuned, out=out, rank=rank, energy=energy, max_rank=max_rank, targets=targets.value, include=tuple(include or ()), carry=carry.value, exclude=tuple(exclude or ()),
         dialect=dialect.value, base_name=base_name, dtype=dtype.value, solver=solver.value, tolerance=tolerance, profile=profile, engine=engine.value, device=device, workers=workers,
         threads=threads, allow_partial=allow_partial, overwrite=overwrite, force=force, keep_parts=keep_parts,
     )  # fmt: skip
@@ -139,6 +142,7 @@ def plan(
     targets: TargetsOption = Targets.ALL,
     include: Include = None,
     exclude: Exclude = None,
+    carry: CarryOption = Carry.NONE,
     dialect: For = Dialect.PORTABLE,
     solver: SolverOption = Solver.AUTO,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -173,7 +177,7 @@ def plan(
     from phlora_pipeline import config
 
     settings = config.run_config(
-        base=base, tuned=tuned, rank=rank, energy=energy, max_rank=max_rank, targets=targets.value, include=tuple(include or ()),
+        base=base, tuned=tuned, rank=rank, energy=energy, max_rank=max_rank, targets=targets.value, include=tuple(include or ()), carry=carry.value,
         exclude=tuple(exclude or ()), dialect=dialect.value, solver=solver.value, device=device, profile=profile,
     )  # fmt: skip
     with loading():

@@ -30,6 +30,13 @@ class Dialect(StrEnum):
     PEFT = "peft"
 
 
+class Carry(StrEnum):
+    """What is kept whole."""
+
+    NONE = "none"
+    ALL = "all"
+
+
 class Dtype(StrEnum):
     """Of the factors."""
 
@@ -100,6 +107,14 @@ Exclude = Annotated[
         metavar="GLOB",
         rich_help_panel=SELECT,
         help="Leave out tensors whose name matches; may be repeated.",
+    ),
+]
+CarryOption = Annotated[
+    Carry,
+    typer.Option(
+        "--carry",
+        rich_help_panel=SELECT,
+        help="all: norms, biases and grown embeddings are kept whole, for what LoRA has no form for; only with --for peft.",
     ),
 ]
 For = Annotated[

@@ -21,12 +21,22 @@ Purpose = Literal["factor", "measure"]
 
 @dataclass(frozen=True, slots=True)
 class TensorPair:
-    """The same weight in both checkpoints."""
+    """The same weight in both checkpoints, as a matrix.
+
+    Attributes:
+        module: its module.
+        kind: of layer.
+        base, tuned: its two sides: a kernel flattened, a vocabulary cut to the rows that both have.
+        kernel: of a convolution (channels, height …), what its inputs were before they were flattened; else empty.
+        rows: of the base's matrix, which the adapter is for; more than the pair's where the fine-tune has fewer.
+    """
 
     module: str
     kind: Kind
     base: TensorRef
     tuned: TensorRef
+    kernel: tuple[int, ...] = ()
+    rows: int = 0
 
     @property
     def name(self) -> str:

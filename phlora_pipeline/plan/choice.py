@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from phlora_pipeline import targets
-from phlora_pipeline.checkpoint import TORCH_DTYPES, Checkpoint
+from phlora_pipeline import carry, targets
+from phlora_pipeline.checkpoint import TORCH_DTYPES, Checkpoint, TensorRef
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.plan.blocks import TensorPair
 from phlora_pipeline.targets import Selection, ServerRules
@@ -18,11 +18,24 @@ def pair_up(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> tuple[
     pairs: list[TensorPair] = []
     unread: dict[str, str] = {}
     differing: list[str] = []
+    moved = (
+        (base.tensors[name], ref)
+        for name, ref in tuned.tensors.items()
+        if name in base.tensors and base.tensors[name].shape != ref.shape
+    )
+    grown = targets.resized((targets.kind_of(ref.name, ref.shape), before.shape, ref.shape) for before, ref in moved)
     for name, after in sorted(tuned.tensors.items()):
         before = base.tensors.get(name)
         kind = targets.kind_of(name, after.shape)
         if before is None:
             unread[name] = "not in the base"
+        elif before.shape[1:] == after.shape[1:] and (before.shape[:1] + after.shape[:1]) in grown:
+            shared = min(before.shape[0], after.shape[0])
+            pairs.append(
+                TensorPair(targets.module_of(name), kind, before.rows(shared), after.rows(shared), rows=before.shape[0])
+            )
+            if after.shape[0] > shared:
+                unread[f"{name}[{shared}:]"] = f"{after.shape[0] - shared} rows that the base does not have"
         elif before.shape != after.shape:
             unread[name] = f"shape differs: base {list(before.shape)}, fine-tune {list(after.shape)}"
             if not selection.excludes(name):
@@ -30,13 +43,19 @@ def pair_up(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> tuple[
         elif {before.dtype, after.dtype} - _READ_DTYPES:
             unread[name] = f"stored as {before.dtype} and {after.dtype}: quantised weights are not dequantised yet"
         else:
-            pairs.append(TensorPair(targets.module_of(name), kind, before, after))
+            pairs.append(_pair(targets.module_of(name), kind, before, after))
     if differing:
         raise RequestError(
             f"shapes differ in {len(differing)} of {len(tuned.tensors)} tensors: {some(differing)}",
             remedy="give the right base, or leave these tensors out: --exclude 'GLOB'",
         )
     return pairs, unread
+
+
+def _pair(module: str, kind: targets.Kind, base: TensorRef, tuned: TensorRef) -> TensorPair:
+    if kind != "conv":
+        return TensorPair(module, kind, base, tuned, rows=base.shape[0] if base.shape else 0)
+    return TensorPair(module, kind, base.matrix, tuned.matrix, kernel=base.shape[1:], rows=base.shape[0])
 
 
 def choose(
@@ -56,6 +75,7 @@ def choose(
             (targets.EXCLUDED if selection.excludes(pair.name) else "")
             or targets.shape_refusal(pair.shape, pair.kind, pair.tuned.dtype)
             or targets.shape_refusal(pair.shape, pair.kind, pair.base.dtype)
+            or targets.kernel_refusal(pair.kernel)
             or selection.refusal(pair.name, pair.kind)
             or (targets.tower_refusal(pair.name) if multimodal else "")
             or (_shadowed_refusal(pair) if experts else "")
@@ -67,6 +87,39 @@ def choose(
         else:
             chosen.append(pair)
     return chosen, left_out
+
+
+def keep_whole(
+    chosen: Sequence[TensorPair],
+    left_out: Mapping[str, str],
+    tensors: Mapping[str, TensorRef],
+    selection: Selection,
+) -> tuple[list[TensorPair], dict[str, str], dict[str, carry.Place]]:
+    """The choice once more, where what has no low-rank form is kept whole if it changed.
+
+    An embedding gives up its factors where the biases of others need PEFT's `lora_bias`, and where the fine-tune has more
+    rows than the base: it is kept whole, with the output that it is tied to.
+
+    Returns:
+        Pairs that are adapted, the reason for each tensor that is not, and the place of each that is kept.
+    """
+    biases = carry.has_biases(tensors, (pair.module for pair in chosen))
+    aside = {
+        pair.name: pair.kind
+        for pair in chosen
+        if (biases and pair.kind == "embedding") or tensors[pair.name].shape[0] > pair.rows
+    }
+    adapted = {pair.module: pair.kind for pair in chosen if pair.name not in aside}
+    wanted = aside | {
+        name: kind
+        for name, ref in tensors.items()
+        if ((kind := targets.kind_of(name, ref.shape)) in {"norm", "bias"} or (kind == "other" and len(ref.shape) == 1))
+        and not selection.excludes(name)
+    }
+    places, without = carry.places(wanted, tensors, adapted)
+    kept = [pair for pair in chosen if pair.module in adapted or pair.name in without]
+    told = {name: carry.BESIDE_BIASES if name in aside else places[name].words for name in places}
+    return kept, {**left_out, **told, **{name: why for name, why in without.items() if name in left_out}}, places
 
 
 def _shadowed_refusal(pair: TensorPair) -> str:

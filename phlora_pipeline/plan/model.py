@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from phlora_pipeline import lowrank, targets
+from phlora_pipeline.carry import Carry, Place
 from phlora_pipeline.checkpoint import Checkpoint
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.plan.blocks import BLOCK_BYTES, TensorPair, digest_of, make_blocks
-from phlora_pipeline.plan.choice import choose, multimodal, pair_up, some, tied_modules
+from phlora_pipeline.plan.choice import choose, keep_whole, multimodal, pair_up, some, tied_modules
 from phlora_pipeline.plan.tasks import Member, Task, largest_first
 from phlora_pipeline.targets import Dialect, Selection
 
@@ -39,6 +40,7 @@ class Plan:
         model_type: of the fine-tune, or of the base where that says more.
         modules: every module of the fine-tune.
         tied: (input embedding's module, output module) where they share one weight, whose delta goes on both.
+        carried: tensors that are kept whole if they changed → where; they are among those left out of the factors.
         rank: of the adapter, as asked for; the most that it may have where a threshold of energy is asked for.
         written_rank: of the adapter, as written: the next of the servers' grid.
         rank_grid: ranks that servers compute with; empty where any is.
@@ -57,6 +59,7 @@ class Plan:
     model_type: str
     modules: tuple[str, ...]
     tied: tuple[str, str] | None
+    carried: Mapping[str, Place]
     rank: int
     written_rank: int
     rank_grid: tuple[int, ...]
@@ -72,6 +75,11 @@ class Plan:
         """The pairs that will be factorised, by name."""
         found = (pair for task in self.tasks if task.block.purpose == "factor" for pair in task.block.pairs)
         return tuple(sorted(found, key=lambda pair: pair.name))
+
+    @property
+    def grown(self) -> frozenset[str]:
+        """Tensors that have more rows than in the base."""
+        return frozenset(name.rpartition("[")[0] for name in self.unread if name.endswith(":]"))
 
     @property
     def parts_folder(self) -> str:
@@ -128,6 +136,7 @@ class PlanSettings:
         profile: rates of the device that the plan is for.
         parts_url: folder of all parts; a part goes to `<parts_url>/<extraction_id>/<block>.safetensors`.
         model: its id in a zoo.
+        carry: whether what has no low-rank form is kept whole.
         identity: further settings that decide the adapter's bytes (dtype, name of the base …).
     """
 
@@ -139,6 +148,7 @@ class PlanSettings:
     profile: lowrank.Profile = lowrank.PROFILES["cpu"]
     identity: tuple[tuple[str, str], ...] = ()
     model: str = ""
+    carry: Carry = "none"
 
 
 def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Plan:
@@ -152,6 +162,9 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
     pairs, unread = pair_up(base, tuned, settings.selection)
     tied = tied_modules(tuned if tuned.config else base, pairs)
     chosen, left_out = choose(pairs, settings.selection, rules, tied, multimodal=multimodal(base, tuned))
+    carried: dict[str, Place] = {}
+    if settings.carry == "all":
+        chosen, left_out, carried = keep_whole(chosen, left_out, tuned.tensors, settings.selection)
     if not chosen:
         raise _nothing_matches(left_out, unread)
     extraction_id = digest_of(
@@ -169,6 +182,7 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
             "rank": settings.rank,
             "dialect": settings.dialect,
             "tied": tied,
+            "carry": settings.carry,
             "model_type": rules.model_type,
             "architectures": tuned.config.get("architectures") or base.config.get("architectures"),
             **dict(settings.identity),
@@ -193,7 +207,10 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
         dialect=settings.dialect,
         model_type=rules.model_type,
         modules=tuple(sorted({targets.module_of(name) for name in tuned.tensors})),
-        tied=tied if tied and any(pair.module == tied[0] for pair in chosen) else None,
+        tied=tied
+        if tied and any(pair.module == tied[0] for pair in pairs if pair in chosen or pair.name in carried)
+        else None,
+        carried=carried,
         rank=settings.rank,
         written_rank=written,
         rank_grid=rules.rank_grid,

@@ -30,6 +30,7 @@ def show_result(result: ExtractResult) -> None:
         "adapted": summary.adapted,
         "unchanged": summary.unchanged,
         "zero-filled": summary.zero_filled,
+        "kept whole": summary.carried,
         "left out": summary.skipped,
         "failed": summary.failed,
     }
@@ -41,7 +42,8 @@ def show_result(result: ExtractResult) -> None:
         f"energy of the update kept: {percent(summary.preserved_energy)} by the factors, {percent(summary.written_energy)} as written"
         + (f" ({known})" if known else "")
     )
-    line(f"coverage: {percent(summary.coverage)} of ‖ΔW‖² lies in adapted tensors")
+    kept = f", {percent(summary.carried_energy, 2)} in tensors that are kept whole" if summary.carried else ""
+    line(f"coverage: {percent(summary.coverage)} of ‖ΔW‖² lies in adapted tensors{kept}")
     for reason, number, share in reasons(summary):
         line(f"  left out: {number} tensors, {percent(share, 2)} of ‖ΔW‖²: {reason} ({_some(result, reason)})")
     for name, reason in summary.uncompared[:MOST_NAMES]:
@@ -63,7 +65,8 @@ def plan_record(prepared: Prepared) -> dict[str, Any]:
         "version": made.version,
         "extraction_id": made.extraction_id,
         "adapted": [{"tensor": pair.name, "kind": pair.kind, "shape": pair.shape} for pair in made.adapted],
-        "left_out": dict(made.left_out),
+        "carried": {name: place.words for name, place in made.carried.items()},
+        "left_out": {name: reason for name, reason in made.left_out.items() if name not in made.carried},
         "unread": dict(made.unread),
         "base_only": made.base_only,
         "tasks": len(made.tasks),
@@ -93,7 +96,10 @@ def show_plan(prepared: Prepared) -> None:
     Console().print(table)
     grouped: dict[str, list[str]] = {}
     for name, reason in {**made.left_out, **made.unread}.items():
-        grouped.setdefault(reason, []).append(name)
+        if name not in made.carried:
+            grouped.setdefault(reason, []).append(name)
+    if made.carried:
+        line(f"keep {len(made.carried)} tensors whole, where they changed: norms, biases, and what goes with them")
     for reason, names in sorted(grouped.items(), key=lambda item: -len(item[1])):
         line(f"leave out {len(names)}: {reason} ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})")
     line(

@@ -243,6 +243,7 @@ _REST = """
 extract:
   rank: 32              # or energy: 0.9, which takes as many as each tensor needs
   targets: all          # all | linear | paper
+  carry: none           # none | all: norms and biases kept whole; only for peft
   for: portable         # portable: vLLM, SGLang, NIM, LoRAX; peft: all that PEFT can hold
   dtype: auto
   solver: auto

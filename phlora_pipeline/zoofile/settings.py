@@ -95,6 +95,9 @@ class ExtractSettings(Strict):
     )
     include: tuple[str, ...] = Field(default=(), description="globs of tensor names: only these")
     exclude: tuple[str, ...] = Field(default=(), description="globs of tensor names: not these")
+    carry: Literal["none", "all"] = Field(
+        default="none", description="all: norms, biases and grown embeddings are kept whole, with `for: peft`"
+    )
     dialect: Literal["portable", "peft"] = Field(
         default="portable",
         alias="for",

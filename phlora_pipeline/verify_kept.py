@@ -1,0 +1,62 @@
+"""Is what an adapter keeps whole the fine-tune's own? Modules entry by entry, biases as differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from phlora_pipeline.adapter import PREFIX
+from phlora_pipeline.checkpoint import Checkpoint, TensorRef, read_tensors
+
+_BIAS = ".lora_B.bias"
+
+
+def without_kept(
+    tensors: Mapping[str, TensorRef], config: Mapping[str, Any], base: Checkpoint, tuned: Checkpoint
+) -> tuple[dict[str, TensorRef], list[str]]:
+    """The keys that are left for pairs, and what is wrong with the others.
+
+    Args:
+        tensors: of the adapter's file.
+        config: `adapter_config.json`.
+        base, tuned: the checkpoints.
+    """
+    whole = tuple(config.get("modules_to_save") or ())
+    left: dict[str, TensorRef] = {}
+    problems: list[str] = []
+    for key, ref in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if key.endswith(_BIAS) and config.get("lora_bias"):
+            problems += _bias_problems(name.removesuffix(_BIAS), ref, base, tuned)
+        elif whole and name.rpartition(".")[0].endswith(whole):
+            problems += _whole_problems(name, ref, tuned)
+        else:
+            left[key] = ref
+    there = {key.removeprefix(PREFIX).rpartition(".")[0] for key in tensors}
+    problems += [f"modules_to_save names {module}, which is not in the file" for module in whole if module not in there]
+    return left, problems
+
+
+def _bias_problems(module: str, ref: TensorRef, base: Checkpoint, tuned: Checkpoint) -> Iterator[str]:
+    found = read_tensors([ref])[0].float()
+    before, after = (side.tensors.get(f"{module}.bias") for side in (base, tuned))
+    if before is None or after is None:
+        if found.any():
+            yield f"{module} has no bias, but its pair's bias is not zero"
+        return
+    old, new = (tensor.float() for tensor in read_tensors([before, after]))
+    # One rounding of the difference, in whatever dtype it is stored.
+    if found.shape != new.shape or not torch.allclose(found, new - old, rtol=1e-2, atol=0):
+        yield f"the bias of {module}'s pair is not the difference of the two biases"
+
+
+def _whole_problems(name: str, ref: TensorRef, tuned: Checkpoint) -> Iterator[str]:
+    after = tuned.tensors.get(name)
+    if after is None:  # an output that is tied to its input has no tensor of its own
+        return
+    if ref.shape != after.shape:
+        yield f"{name} is kept as {list(ref.shape)}, the fine-tune has {list(after.shape)}"
+    elif not torch.equal(*(tensor.float() for tensor in read_tensors([ref, after]))):
+        yield f"{name} is kept, but is not the fine-tune's"
