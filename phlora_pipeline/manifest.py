@@ -161,14 +161,16 @@ def read(url: str) -> list[EnergyRow]:
 
 
 def _stored(url: str) -> pa.Table:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     info = storage.stat(url)
     if info is None:
         raise NotFoundError(f"there is no manifest at {url}")
-    stored = io.BytesIO(storage.read_object(info, limit=_LARGEST))
-    # Its own threads, still at work on a Python file when the process ends, would abort it.
-    return pq.read_table(stored, page_checksum_verification=True, use_threads=False)
+    # Not `read_table`, whose scanner has threads whatever `use_threads` says: where the process ends just then, they abort it
+    # ("terminate called without an active exception").
+    stored = pa.BufferReader(storage.read_object(info, limit=_LARGEST))
+    return pq.ParquetFile(stored, page_checksum_verification=True, pre_buffer=False).read(use_threads=False)
 
 
 @contextlib.contextmanager
