@@ -160,9 +160,9 @@ def _whole(plan: Plan, modules: Sequence[str], tuned: Mapping[str, TensorRef]) -
         module, _, leaf = name.rpartition(".")
         if module not in modules:
             continue
-        yield Kept(PREFIX + name, ref.dtype, ref.shape, ref)
+        yield Kept(PREFIX + name, "F32" if ref.scale else ref.dtype, ref.shape, ref)
         if plan.tied and module == plan.tied[0]:
-            yield Kept(f"{PREFIX}{plan.tied[1]}.{leaf}", ref.dtype, ref.shape, ref)
+            yield Kept(f"{PREFIX}{plan.tied[1]}.{leaf}", "F32" if ref.scale else ref.dtype, ref.shape, ref)
 
 
 def _bias(plan: Plan, module: str, base: Mapping[str, TensorRef], tuned: Mapping[str, TensorRef]) -> Kept:

@@ -8,75 +8,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any
 
-import torch
-
-from phlora_pipeline import safetensors_format, storage
+from phlora_pipeline import formats, quantised, safetensors_format, storage
 from phlora_pipeline.errors import CheckpointError, IncompleteError, NotFoundError, one_line, quoted
+from phlora_pipeline.quantised import UnfitScaleError
 from phlora_pipeline.safetensors_format import Header
 from phlora_pipeline.storage import ByteRange, ObjectInfo
+from phlora_pipeline.tensors import TORCH_DTYPES, Scale, TensorRef, read_tensors, room_for
+
+__all__ = [
+    "INDEX",
+    "TORCH_DTYPES",
+    "Checkpoint",
+    "TensorRef",
+    "look",
+    "open_checkpoint",
+    "open_file",
+    "read_tensors",
+    "room_for",
+]
 
 INDEX = "model.safetensors.index.json"
+_PICKLES_INDEX = "pytorch_model.bin.index.json"
 _SMALL_FILE = 64 << 20
 _FIRST_READ = 256 << 10
-_ALIGNMENT = 64
 _PICKLE = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)$", re.IGNORECASE)
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ +=-]{0,254}")
-
-TORCH_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRef:
-    """A weight in a checkpoint: where its bytes are, and of which content of the shard.
-
-    Attributes:
-        name: the tensor's name in the checkpoint.
-        dtype: safetensors' name, such as `BF16`.
-        shape: dimensions.
-        url: the shard.
-        start, stop: its bytes in the shard.
-        etag: of the shard, when the header was read.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    url: str
-    start: int
-    stop: int
-    etag: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes as stored."""
-        return self.stop - self.start
-
-    @property
-    def matrix(self) -> TensorRef:
-        """The same bytes as a matrix: a convolution's kernel (d, k₁, k₂ …) flattened to (d, k₁k₂…)."""
-        return replace(self, shape=(self.shape[0], math.prod(self.shape[1:])))
-
-    def rows(self, count: int) -> TensorRef:
-        """Its first rows."""
-        return replace(self.entries(0, count * math.prod(self.shape[1:])), shape=(count, *self.shape[1:]))
-
-    def entries(self, start: int, stop: int) -> TensorRef:
-        """Some of its entries, in row-major order, as a vector; as many as there are up to `stop`."""
-        numel = math.prod(self.shape)
-        each, stop = self.nbytes // max(numel, 1), min(stop, numel)
-        return replace(self, shape=(stop - start,), start=self.start + each * start, stop=self.start + each * stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +47,17 @@ class Checkpoint:
 
     Attributes:
         url: the folder or file that was asked for.
-        tensors: by name.
+        tensors: by name; scales are a part of their weights.
         config: `config.json`; empty where there is none.
         fingerprint: sha256 (hex) of what identifies its bytes; the URL has no part in it.
+        matched: where its tensors go by another checkpoint's names, how these differ from its own, in words.
     """
 
     url: str
     tensors: Mapping[str, TensorRef]
     config: Mapping[str, Any] = field(repr=False)
     fingerprint: str
+    matched: str = ""
 
     @property
     def model_type(self) -> str:
@@ -183,44 +147,6 @@ def open_file(url: str) -> tuple[dict[str, TensorRef], Mapping[str, str]]:
     return {ref.name: ref for ref in _refs(info, header)}, header.metadata
 
 
-def room_for(refs: Iterable[TensorRef]) -> int:
-    """Bytes of memory that `read_tensors` fills for these."""
-    return sum(_aligned(ref.nbytes) for ref in refs)
-
-
-def read_tensors(refs: Sequence[TensorRef], memory: memoryview | None = None) -> list[torch.Tensor]:
-    """The tensors themselves, on the CPU in their stored dtypes, read in parallel.
-
-    Args:
-        refs: which.
-        memory: where to, `room_for(refs)` bytes or more, for as long as the tensors are used; None for memory of their own.
-
-    Raises:
-        SourceChangedError: a shard is no longer the one whose header was read.
-    """
-    if memory is None:
-        buffers = [memoryview(bytearray(ref.nbytes)) for ref in refs]
-    else:
-        ends = list(accumulate((_aligned(ref.nbytes) for ref in refs), initial=0))
-        buffers = [memory[start : start + ref.nbytes] for start, ref in zip(ends, refs, strict=False)]
-    wanted = [
-        ByteRange(ref.url, ref.etag, ref.start, buffer) for ref, buffer in zip(refs, buffers, strict=True) if ref.nbytes
-    ]
-    storage.read_ranges(wanted)
-    return [_as_tensor(ref, buffer) for ref, buffer in zip(refs, buffers, strict=True)]
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _as_tensor(ref: TensorRef, buffer: memoryview) -> torch.Tensor:
-    dtype = TORCH_DTYPES[ref.dtype]
-    if not ref.nbytes:
-        return torch.empty(ref.shape, dtype=dtype)
-    return torch.frombuffer(buffer, dtype=dtype).reshape(ref.shape)
-
-
 def _single_file(url: str, files: Mapping[str, ObjectInfo]) -> str:
     found = [name for name in files if name.endswith(".safetensors")]
     if "model.safetensors" in found:
@@ -232,19 +158,20 @@ def _single_file(url: str, files: Mapping[str, ObjectInfo]) -> str:
             f"{url} holds {len(found)} .safetensors files and no {INDEX} that says which belong together",
             remedy="name one file, or add the index",
         )
-    pickles = [name for name in files if _PICKLE.match(name)]
+    pickles = sorted(name for name in files if _PICKLE.match(name))
     if pickles:
-        raise _pickled(storage.join(url, pickles[0]))
+        # Of shards none is a checkpoint: the folder is what can be converted.
+        raise _pickled(storage.join(url, pickles[0]), url if _PICKLES_INDEX in files else "")
     raise CheckpointError(
         f"{url} is not a checkpoint: it holds no .safetensors file",
         remedy="give a folder with config.json and *.safetensors",
     )
 
 
-def _pickled(url: str) -> CheckpointError:
+def _pickled(url: str, folder: str = "") -> CheckpointError:
     return CheckpointError(
         f"{url} is a pickle; it is never unpickled here, since that can run any code",
-        remedy=f"convert it once, in a process of its own: phlora convert {url} OUT",
+        remedy=f"convert {'all shards' if folder else 'it'} once, in a process of its own: phlora convert {folder or url} OUT",
     )
 
 
@@ -302,7 +229,32 @@ def _assemble(
                 remedy="fetch the shard and the index from the same version",
             )
     config = _read_config(files["config.json"]) if "config.json" in files else {}
-    return Checkpoint(url, tensors, config, _fingerprint(files, shards, digests))
+    tensors = _with_scales(url, tensors, config)
+    return Checkpoint(url, tensors, config, _fingerprint(files, shards, digests, tensors))
+
+
+def _with_scales(url: str, tensors: dict[str, TensorRef], config: Mapping[str, Any]) -> dict[str, TensorRef]:
+    """The weights, with the scales as parts of those that they belong to.
+
+    Raises:
+        CheckpointError: they are stored in a format that is not read, or the scales do not fit.
+    """
+    if (refused := formats.refusal(tensors, config)) is not None:
+        raise CheckpointError(f"{url} is quantised as {refused.format}: {refused.seen}", remedy=refused.remedy)
+    try:
+        scales = quantised.find_scales(tensors, config)
+    except UnfitScaleError as error:
+        raise CheckpointError(
+            f"{url}: {error}", remedy="fetch or write it again, whole and with its config.json"
+        ) from error
+    if not scales:
+        return tensors
+    dropped = {scaling.name for scaling in scales.values()} | quantised.activation_scales(tensors)
+    scaled = {
+        name: replace(tensors[name], scale=Scale(tensors[scaling.name], scaling, tensors[name].shape or (1,)))
+        for name, scaling in scales.items()
+    }
+    return {name: scaled.get(name, ref) for name, ref in tensors.items() if name not in dropped}
 
 
 def _read_header(info: ObjectInfo) -> tuple[Header, str]:
@@ -359,11 +311,17 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return built
 
 
-def _fingerprint(files: Mapping[str, ObjectInfo], shards: Sequence[str], headers: Mapping[str, str]) -> str:
+def _fingerprint(
+    files: Mapping[str, ObjectInfo],
+    shards: Sequence[str],
+    headers: Mapping[str, str],
+    tensors: Mapping[str, TensorRef],
+) -> str:
     """What identifies a checkpoint's bytes without reading them: each shard's etag and size, with its header's digest.
 
-    A checksum file beside the shards has no say: one that was forgotten when the shards were replaced would let parts of
-    the old ones pass for the new.
+    And how scales apply, since `config.json` has a say in that. A checksum file beside the shards has none: one that was
+    forgotten when the shards were replaced would let parts of the old ones pass for the new.
     """
     lines = [f"{shard} {files[shard].etag} {files[shard].size} {headers[shard]}" for shard in sorted(shards)]
+    lines += [f"{name} {list(ref.scale.scaling.block)}" for name, ref in sorted(tensors.items()) if ref.scale]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

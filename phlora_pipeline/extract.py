@@ -31,8 +31,8 @@ STREAMED_BYTES = 64 << 20
 PIECE = 8 << 20
 """Entries of such a piece."""
 
-PREFETCH_BYTES = BLOCK_BYTES
-"""One side of a block that is larger is not read ahead: memory before speed."""
+PREFETCH_BYTES = BLOCK_BYTES + BLOCK_BYTES // 8
+"""One side of a block that is larger, in float32 with its scales, is not read ahead: memory before speed."""
 
 _OF_A_SOURCE = (SourceChangedError, NotFoundError)
 """A checkpoint is not what it was when it was planned."""
@@ -232,7 +232,7 @@ def compute(
     Args:
         member: its block says what the tensors are.
         profile: as planned; a built-in one gives way to that of the device at hand.
-        base, tuned: the two tensors of each pair, in their stored dtypes.
+        base, tuned: the two tensors of each pair, as they were read.
         device: where ΔW is formed and factorised.
         workspaces: buffers that an earlier call has left.
 
@@ -300,7 +300,7 @@ def checked_device(device: str) -> torch.device:
 
 
 def _is_streamed(task: Task) -> bool:
-    return task.block.purpose == "measure" and task.block.nbytes > STREAMED_BYTES
+    return task.block.purpose == "measure" and task.block.read_bytes > STREAMED_BYTES
 
 
 def _base(member: Member) -> list[TensorRef]:

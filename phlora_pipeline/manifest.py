@@ -55,7 +55,10 @@ class EnergyRow:
 
 COLUMNS: dict[str, tuple[str, str]] = {
     "version": ("string", "the adapter's identity: a digest of what decides its bytes"),
-    "tensor": ("string", "name of the weight in the fine-tuned checkpoint"),
+    "tensor": (
+        "string",
+        "name of the weight in the fine-tuned checkpoint; the base's where the two differ by a known prefix",
+    ),
     "module": ("string", "the tensor's name without .weight, as PEFT names modules"),
     "kind": ("string", "attention, mlp, expert, router, embedding, lm_head, linear, conv, norm, bias or other"),
     "shape": ("list<int64>", "dimensions; of a matrix (d outputs, k inputs)"),

@@ -48,7 +48,7 @@ class Reader:
 
     @contextlib.contextmanager
     def taken(self, refs: Sequence[TensorRef], following: Sequence[Sequence[TensorRef]] = ()) -> Iterator[list[Tensor]]:
-        """These tensors, in their stored dtypes, while the lists that are likely to follow are being read.
+        """These tensors, as `read_tensors` gives them, while the lists that are likely to follow are being read.
 
         On the CPU, or on a GPU already where they fit beside what is computed there. After
         the block they must not be used any more: the memory has other tensors then.

@@ -208,8 +208,8 @@ def shape_refusal(shape: Sequence[int], kind: Kind, dtype: str) -> str:
         return f"a {kind} has no low-rank form"
     if kind == "other" or len(shape) != 2:
         return "not the 2-D weight of a module that loaders find and apply by its name"
-    if dtype not in {"F64", "F32", "F16", "BF16"}:
-        return f"stored as {dtype}: quantised weights are not dequantised yet"
+    if dtype not in {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}:
+        return f"stored as {dtype}, and not in floating point"
     if 0 in shape:
         return f"empty: shape {list(shape)}"
     return ""

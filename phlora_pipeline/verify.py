@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from phlora_pipeline import adapter, lowrank, manifest, reducer, storage, targets, verify_kept
+from phlora_pipeline import adapter, lowrank, manifest, names, reducer, storage, targets, verify_kept
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef, open_checkpoint, open_file, read_tensors
 from phlora_pipeline.errors import NotFoundError, RequestError
 from phlora_pipeline.extract import checked_device
@@ -83,7 +83,8 @@ def verify(
         RequestError: one of the three cannot be read as what it should be.
     """
     where = checked_device(device)
-    base, tuned = open_checkpoint(base_url), open_checkpoint(tuned_url)
+    base = open_checkpoint(base_url)
+    tuned = names.by_the_names_of(base, open_checkpoint(tuned_url))
     folder = storage.normalize(adapter_url)
     config = _config(folder)
     rank, scale = _rank_and_scale(config, folder)

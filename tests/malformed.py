@@ -338,6 +338,13 @@ def _pickles_only(name: str) -> Case:
     return Case(lambda folder: _pickled(folder, name), "is a pickle; it is never unpickled", name)
 
 
+def _pickled_shards(folder: Path) -> None:
+    names = [f"pytorch_model-{number:05d}-of-00002.bin" for number in (1, 2)]
+    for name in names:
+        _pickled(folder, name)
+    _write(folder / "pytorch_model.bin.index.json", json.dumps({"weight_map": {"a": names[0], "b": names[1]}}).encode())
+
+
 def _two_files(folder: Path) -> None:
     for name in ("a", "b"):
         save_file({name: torch.ones(3)}, folder / f"{name}.safetensors")
@@ -371,6 +378,9 @@ FOLDERS = {
         f"only {name}": _pickles_only(name)
         for name in ("pytorch_model.bin", "model.pt", "model.PTH", "last.ckpt", "weights.pkl")
     },
+    "shards of pickles": Case(
+        _pickled_shards, "is a pickle; it is never unpickled", "pytorch_model-00001-of-00002.bin"
+    ),
     "one pickle by name": Case(
         lambda folder: _pickled(folder, "x.bin") or folder / "x.bin", "is a pickle; it is never unpickled", "x.bin"
     ),

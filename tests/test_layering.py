@@ -15,8 +15,20 @@ from tests import toys
 PACKAGE = Path(__file__).parent.parent / "phlora_pipeline"
 
 LAYERS = [
-    {"errors", "lowrank", "safetensors_format", "storage", "checkpoint", "config", "zoofile", "machine"},
-    {"reading", "targets", "carry", "plan", "dispatch", "parts", "adapter", "manifest", "summary", "card"},
+    {
+        "errors",
+        "lowrank",
+        "safetensors_format",
+        "storage",
+        "quantised",
+        "formats",
+        "tensors",
+        "checkpoint",
+        "config",
+        "zoofile",
+        "machine",
+    },
+    {"reading", "names", "targets", "carry", "plan", "dispatch", "parts", "adapter", "manifest", "summary", "card"},
     {"extract", "engine", "pool", "driver", "reducer", "runlog", "verify", "verify_kept", "convert", "calibrate"},
     {"pipeline", "zoo", "submit"},
     {"cli", "console", "render", "__main__"},

@@ -58,6 +58,11 @@ class TensorPair:
         """Bytes to read, both sides."""
         return self.base.nbytes + self.tuned.nbytes
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes in memory, both sides, once they are read."""
+        return self.base.read_bytes + self.tuned.read_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -87,6 +92,11 @@ class Block:
     def nbytes(self) -> int:
         """Bytes to read."""
         return sum(pair.nbytes for pair in self.pairs)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes in memory, once it is read."""
+        return sum(pair.read_bytes for pair in self.pairs)
 
 
 def make_blocks(purpose: Purpose, pairs: Sequence[TensorPair]) -> list[Block]:

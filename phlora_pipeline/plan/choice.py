@@ -10,8 +10,6 @@ from phlora_pipeline.errors import RequestError
 from phlora_pipeline.plan.blocks import TensorPair
 from phlora_pipeline.targets import Selection, ServerRules
 
-_READ_DTYPES = frozenset(TORCH_DTYPES) - {"F8_E4M3", "F8_E5M2"}
-
 
 def pair_up(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> tuple[list[TensorPair], dict[str, str]]:
     """Tensors that can be compared, and those that cannot."""
@@ -40,8 +38,8 @@ def pair_up(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> tuple[
             unread[name] = f"shape differs: base {list(before.shape)}, fine-tune {list(after.shape)}"
             if not selection.excludes(name):
                 differing.append(f"{name} (base {list(before.shape)}, fine-tune {list(after.shape)})")
-        elif {before.dtype, after.dtype} - _READ_DTYPES:
-            unread[name] = f"stored as {before.dtype} and {after.dtype}: quantised weights are not dequantised yet"
+        elif {before.dtype, after.dtype} - TORCH_DTYPES.keys():
+            unread[name] = f"stored as {before.dtype} and {after.dtype}, which are not read"
         else:
             pairs.append(_pair(targets.module_of(name), kind, before, after))
     if differing:

@@ -16,6 +16,7 @@ from phlora_pipeline.errors import RequestError
 from phlora_pipeline.plan.blocks import BLOCK_BYTES, TensorPair, digest_of, make_blocks
 from phlora_pipeline.plan.choice import choose, keep_whole, multimodal, pair_up, some, tied_modules
 from phlora_pipeline.plan.tasks import Member, Task, largest_first
+from phlora_pipeline.quantised import FP8
 from phlora_pipeline.targets import Dialect, Selection
 
 NUMERICS_REVISION = 2
@@ -122,7 +123,7 @@ class Plan:
         return (
             _RUNTIME_BYTES
             + max(task.worker_bytes for task in self.tasks)
-            + min(2 * BLOCK_BYTES, max(task.block.nbytes for task in self.tasks))
+            + min(2 * BLOCK_BYTES, max(task.block.read_bytes for task in self.tasks))
         )
 
 
@@ -239,16 +240,19 @@ def require_fits(plan: Plan, memory_bytes: int | None) -> None:
 
 
 def _require_same_model(base: Checkpoint, tuned: Checkpoint) -> None:
+    common = base.tensors.keys() & tuned.tensors.keys()
+    told = (
+        f"{len(common)} of the fine-tune's {len(tuned.tensors)} tensor names are in the base, which has {len(base.tensors)}"
+        f" (only in the base: {some(base.tensors.keys() - common)}; only in the fine-tune: {some(tuned.tensors.keys() - common)})"
+    )
     if base.model_type and tuned.model_type and base.model_type != tuned.model_type:
         raise RequestError(
-            f"different architectures: the base is {base.model_type!r}, the fine-tune {tuned.model_type!r}",
+            f"different architectures: the base is {base.model_type!r}, the fine-tune {tuned.model_type!r}; {told}",
             remedy="give the base that this model was fine-tuned from",
         )
-    common = set(base.tensors) & set(tuned.tensors)
     if 2 * len(common) < len(tuned.tensors) or not common:
         raise RequestError(
-            f"different architectures: {len(common)} of the fine-tune's {len(tuned.tensors)} tensor names are in the base"
-            f" (base has {some(set(base.tensors) - common)}; fine-tune has {some(set(tuned.tensors) - common)})",
+            f"different architectures: {told}",
             remedy="give the base that this model was fine-tuned from, saved by the same library",
         )
 
@@ -268,6 +272,11 @@ def _nothing_matches(left_out: Mapping[str, str], unread: Mapping[str, str]) -> 
 def _warnings(
     base: Checkpoint, tuned: Checkpoint, settings: PlanSettings, written: int, pairs: Sequence[TensorPair]
 ) -> Iterable[str]:
+    if tuned.matched:
+        yield tuned.matched
+    coarse = sum(bool({pair.base.dtype, pair.tuned.dtype} & FP8) for pair in pairs)
+    if coarse:
+        yield f"{coarse} tensors are stored in fp8: its rounding, 2 to 3 % of each weight, is part of the difference; checkpoints in bf16 make a better adapter, where there are any"
     missing = sorted(set(base.tensors) - set(tuned.tensors))
     if missing:
         yield f"{len(missing)} tensors of the base are not in the fine-tune: {some(missing)}"

@@ -51,13 +51,13 @@ class Member:
         return 0.0 if self.block.purpose == "measure" else len(self.block.pairs) * routes.flops(*self._problem(profile))
 
     def worker_bytes(self, profile: lowrank.Profile) -> int:
-        """Peak memory of doing it: the stored bytes, ΔW, and the solver's own."""
+        """Peak memory of doing it: what is read, ΔW, and the solver's own."""
         if self.block.purpose == "measure":
-            return self.block.nbytes + _PIECE_BYTES
+            return self.block.read_bytes + _PIECE_BYTES
         d, k = self.block.shape
         beside = min(len(self.block.pairs), _THREADS) if d * k <= lowrank.BESIDE_ENTRIES else 1
         factors = 4 * min(self.settings.max_rank, d, k) * (d + k) * len(self.block.pairs)
-        return self.block.nbytes + beside * routes.worker_bytes(*self._problem(profile)) + factors
+        return self.block.read_bytes + beside * routes.worker_bytes(*self._problem(profile)) + factors
 
     def _problem(self, profile: lowrank.Profile) -> tuple[int, int, int, lowrank.Solver, lowrank.Profile]:
         d, k = self.block.shape

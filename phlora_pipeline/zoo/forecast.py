@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from phlora_pipeline import adapter
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.lowrank import PROFILES, Profile, Solver
 from phlora_pipeline.plan import Task
@@ -148,7 +149,7 @@ def _states(found: Sequence[Standing]) -> dict[str, int]:
 
 def _model(ready: Ready, profile: Profile) -> ModelForecast:
     plan, entry = ready.prepared.plan, ready.standing.entry
-    wide = ready.config.dtype == "float32" or any(pair.tuned.dtype == "F32" for pair in plan.adapted)
+    wide = adapter.pick_dtype(ready.config.dtype, plan.adapted) == "float32"
     work = () if ready.stands else plan.tasks
     return ModelForecast(
         entry.id,
