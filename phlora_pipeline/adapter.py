@@ -8,14 +8,14 @@ rsLoRA, no `modules_to_save`, no bias; plain 2-D keys; explicit zero pairs where
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from phlora_pipeline import targets
+from phlora_pipeline import experts, targets
 from phlora_pipeline.plan import Plan, TensorPair
 
 WEIGHTS = "adapter_model.safetensors"
@@ -36,6 +36,7 @@ class Slot:
         tensor: the weight whose factor fills it, or None for zeros.
         side: which factor.
         transposed: whether the factor is turned: for weights that are stored as (in, out), and for embeddings.
+        stack: instead of `tensor`, the weights of all experts in order, where one tensor of the file holds the factors of all.
     """
 
     key: str
@@ -43,6 +44,7 @@ class Slot:
     tensor: str | None
     side: Side
     transposed: bool
+    stack: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +56,14 @@ class Layout:
         modules: the modules that have a pair.
         zero_filled: those of them whose pair is zero.
         fan_in_fan_out: whether any pair is for a weight stored as (in, out).
+        parameters: of the modules, those that loaders know by a parameter's name → that name.
     """
 
     slots: tuple[Slot, ...]
     modules: frozenset[str]
     zero_filled: frozenset[str]
     fan_in_fan_out: bool
+    parameters: Mapping[str, str]
 
 
 def make_layout(plan: Plan, changed: frozenset[str]) -> Layout:
@@ -72,8 +76,12 @@ def make_layout(plan: Plan, changed: frozenset[str]) -> Layout:
     own = [pair for pair in plan.adapted if pair.name in changed]
     adapted = frozenset(pair.module for pair in own)
     zero = targets.families(plan.matrices, adapted) if plan.dialect == "portable" else frozenset()
-    slots = [slot for pair in own for slot in _pair_slots(plan, pair, pair.name)]
-    slots += [slot for module in zero for slot in _pair_slots(plan, plan.matrices[module], None)]
+    stacks = _stacks(plan, own)
+    stacked = {pair.module for pairs in stacks.values() for pair in pairs}
+    zero |= stacked - adapted
+    slots = [slot for pair in own if pair.module not in stacked for slot in _pair_slots(plan, pair, pair.name)]
+    slots += [slot for name, pairs in stacks.items() for slot in _stack_slots(plan, name, pairs, changed)]
+    slots += [slot for module in zero - stacked for slot in _pair_slots(plan, plan.matrices[module], None)]
     if plan.tied and plan.tied[0] in adapted:
         source, output = plan.tied
         slots += _slots(
@@ -85,8 +93,32 @@ def make_layout(plan: Plan, changed: frozenset[str]) -> Layout:
             transposed=False,
         )
         adapted |= {output}
-    turned = any(targets.is_transposed(module, plan.model_type) for module in adapted)
-    return Layout(tuple(sorted(slots, key=lambda slot: slot.key)), adapted | zero, zero, turned)
+    bare = targets.takes_parameters(plan.model_type, plan.dialect)
+    routers = {pair.module for pair in own if bare and pair.kind == "router"}
+    parameters = {module: experts.parameter_of(module) for module in sorted(stacked | routers)}
+    turned = any(targets.is_transposed(module, plan.model_type) for module in adapted - parameters.keys())
+    return Layout(tuple(sorted(slots, key=lambda slot: slot.key)), adapted | zero, zero, turned, parameters)
+
+
+def _stacks(plan: Plan, own: Sequence[TensorPair]) -> dict[str, list[TensorPair]]:
+    """Parameter → the pairs of all its experts in order, where loaders take experts so: both parameters of every layer in question."""
+    if not targets.takes_parameters(plan.model_type, plan.dialect):
+        return {}
+    wanted = {experts.parameter_of(pair.module).rpartition(".")[0] for pair in own if pair.kind == "expert"}
+    found: dict[str, list[TensorPair]] = {}
+    for pair in sorted(plan.matrices.values(), key=lambda pair: experts.number_of(pair.module) or 0):
+        parameter = experts.parameter_of(pair.module)
+        if pair.kind == "expert" and parameter.rpartition(".")[0] in wanted:
+            found.setdefault(parameter, []).append(pair)
+    return found
+
+
+def _stack_slots(plan: Plan, parameter: str, pairs: Sequence[TensorPair], changed: frozenset[str]) -> list[Slot]:
+    stack = tuple(pair.name if pair.name in changed else None for pair in pairs)
+    transposed = targets.is_transposed(parameter, plan.model_type)
+    width = plan.written_rank * len(pairs)
+    both = _slots(experts.wrapper_of(parameter), pairs[0], width, None, embedding=False, transposed=transposed)
+    return [replace(slot, stack=stack) for slot in both]
 
 
 def _pair_slots(plan: Plan, pair: TensorPair, tensor: str | None) -> list[Slot]:
@@ -129,6 +161,15 @@ def fill(slot: Slot, factor: Tensor | None, rank: int, dtype: torch.dtype) -> Te
     return filled
 
 
+def fill_stack(slot: Slot, factors: Iterable[Tensor | None], rank: int, dtype: torch.dtype) -> Tensor:
+    """The same of a stack: one factor for each expert, in order."""
+    filled = torch.zeros(slot.shape, dtype=dtype)
+    for expert, factor in enumerate(factors):
+        one = experts.of_one(filled, expert, len(slot.stack), down=(slot.side == "A") != slot.transposed)
+        one.copy_(fill(replace(slot, shape=(one.shape[0], one.shape[1]), stack=()), factor, rank, dtype))
+    return filled
+
+
 def cut(factor: Tensor, side: Side, rank: int) -> Tensor:
     """The factor at a smaller rank: the first rows of A (r, k), or the first columns of B (d, r)."""
     return factor[:rank] if side == "A" else factor[:, :rank]
@@ -163,6 +204,8 @@ def adapter_config(plan: Plan, layout: Layout, base_name: str, architectures: Se
         architectures: of the fine-tune's `config.json`.
     """
     causal = any("ForCausalLM" in name or "LMHead" in name for name in architectures)
+    modules = layout.modules - layout.parameters.keys()
+    parameters = sorted(set(layout.parameters.values()))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if causal else None,
@@ -178,7 +221,8 @@ def adapter_config(plan: Plan, layout: Layout, base_name: str, architectures: Se
         "rank_pattern": {},
         "alpha_pattern": {},
         "modules_to_save": None,
-        "target_modules": targets.target_modules(layout.modules, [*plan.modules, *layout.modules]),
+        "target_modules": targets.target_modules(modules, [*plan.modules, *layout.modules]),
+        **({"target_parameters": parameters} if parameters else {}),
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import resources
@@ -39,6 +39,7 @@ _TABLE = re.compile(r"^(embed_positions|rel_embeddings|embed_out)$")
 _HEAD = re.compile(r"(^|\.)(lm_head|output_projection|output_layer)$|^output$")
 _TOWER = re.compile(r"(^|\.)(vision\w*|visual|audio\w*|image\w*|multi_modal_projector|mm_projector|connector)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_STACKED = re.compile(r"(^|\.)experts\.[a-z]\w*(\.weight)?$")
 _ROUTER = re.compile(r"\.(gate|router|router\.layer|shared_expert_gate)$")
 _NORM = re.compile(r"(norm\w*|(^|_)ln(_\w+)?\d*)$", re.IGNORECASE)
 _ATTENTION = re.compile(
@@ -81,6 +82,8 @@ def kind_of(name: str, shape: Sequence[int]) -> Kind:
     leaf = module.rpartition(".")[2]
     if len(shape) < 2:
         return "norm" if _NORM.search(leaf) else "other"
+    if len(shape) == 3 and _STACKED.search(name):
+        return "expert"
     if not name.endswith(".weight") or _TABLE.match(leaf):
         return "other"
     if len(shape) > 2:
@@ -130,7 +133,8 @@ def server_rules(model_type: str, dialect: Dialect) -> ServerRules:
     document = _servers()
     if dialect == "peft":
         # transformers 5 fuses experts and makes routers modules of their own kind; PEFT converts the names of some types.
-        found = document["types"].get(model_type, {}).get("peft_experts", False)
+        known = document["types"].get(model_type, {})
+        found = known.get("peft_experts", False) or known.get("peft_parameters", False)
         kinds = MATRIX_KINDS if found else MATRIX_KINDS - {"router", "expert"}
         return ServerRules("peft", model_type, kinds, listed=True, max_rows=None, rank_grid=(), tied_embeddings=True)
     known = document["types"].get(model_type)
@@ -143,6 +147,18 @@ def server_rules(model_type: str, dialect: Dialect) -> ServerRules:
 def is_transposed(module: str, model_type: str) -> bool:
     """Whether the checkpoint stores this matrix as (in, out), as transformers' `Conv1D` does."""
     return module.rpartition(".")[2] in _servers()["types"].get(model_type, {}).get("transposed", ())
+
+
+def expert_names(model_type: str) -> Mapping[str, str]:
+    """How checkpoints of single experts spell `gate`, `up` and `down`, and the `block` around the experts where it has a name of its own there."""
+    plain = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    names: Mapping[str, str] = _servers()["types"].get(model_type, {}).get("expert_names", plain)
+    return names
+
+
+def takes_parameters(model_type: str, dialect: Dialect) -> bool:
+    """Whether experts, stacked, and routers are adapted as parameters, not as modules."""
+    return dialect == "peft" and bool(_servers()["types"].get(model_type, {}).get("peft_parameters"))
 
 
 def written_rank(rank: int, grid: Sequence[int]) -> int:
@@ -204,6 +220,8 @@ def shape_refusal(shape: Sequence[int], kind: Kind, dtype: str) -> str:
     """Why a tensor cannot be a LoRA target at all; empty where it can."""
     if kind in {"norm", "bias"}:
         return f"a {kind} has no low-rank form"
+    if kind == "expert" and len(shape) == 3:
+        return "experts in one tensor that cannot be told apart: its layout is not known for this type of model"
     if kind == "conv":
         return f"{len(shape)}-D weights (convolutions, fused experts) are not adapted yet"
     if kind == "other" or len(shape) != 2:

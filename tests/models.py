@@ -45,6 +45,11 @@ STRANGERS: dict[str, Callable[[], PreTrainedModel]] = {
 }  # fmt: skip
 """Architectures in which a name alone misleads."""
 
+GPT_OSS: Callable[[], PreTrainedModel] = lambda: _build(
+    "GptOss", "ForCausalLM", **EXPERTS, head_dim=8, num_local_experts=4, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+)  # fmt: skip
+"""Its experts are stacked on disk as well, gate and up interleaved, with biases."""
+
 
 def _build(family: str, head: str, **settings: object) -> PreTrainedModel:
     """The same random weights at every call; `eval`, since dropout cannot be compared."""
@@ -82,9 +87,9 @@ def matrices(_name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2
 
 
-def save(model: PreTrainedModel, folder: Path) -> Path:
-    """As everybody saves a model."""
-    model.save_pretrained(folder)
+def save(model: PreTrainedModel, folder: Path, *, as_in_memory: bool = False) -> Path:
+    """As everybody saves a model; or with its experts stacked, as transformers 5 holds them."""
+    model.save_pretrained(folder, save_original_format=not as_in_memory)
     return folder
 
 
