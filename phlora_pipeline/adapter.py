@@ -17,11 +17,15 @@ from torch import Tensor
 
 from phlora_pipeline import experts, targets
 from phlora_pipeline.plan import Plan, TensorPair
+from phlora_pipeline.targets import Kind
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16), "float16": ("F16", torch.float16)}
+
+_STACKED: frozenset[Kind] = frozenset({"expert", "router"})
+"""Kinds that PEFT adapts in every layer or in none; where experts are stacked, every expert or none."""
 
 Side = Literal["A", "B"]
 
@@ -75,10 +79,11 @@ def make_layout(plan: Plan, changed: frozenset[str]) -> Layout:
     """
     own = [pair for pair in plan.adapted if pair.name in changed]
     adapted = frozenset(pair.module for pair in own)
-    zero = targets.families(plan.matrices, adapted) if plan.dialect == "portable" else frozenset()
-    stacks = _stacks(plan, own)
+    filled = adapted if plan.dialect == "portable" else {pair.module for pair in own if pair.kind in _STACKED}
+    zero = targets.families(plan.matrices, frozenset(filled))
+    stacks = _stacks(plan, adapted | zero)
     stacked = {pair.module for pairs in stacks.values() for pair in pairs}
-    zero |= stacked - adapted
+    bare = stacked | _routers(plan, adapted | zero)
     slots = [slot for pair in own if pair.module not in stacked for slot in _pair_slots(plan, pair, pair.name)]
     slots += [slot for name, pairs in stacks.items() for slot in _stack_slots(plan, name, pairs, changed)]
     slots += [slot for module in zero - stacked for slot in _pair_slots(plan, plan.matrices[module], None)]
@@ -93,24 +98,26 @@ def make_layout(plan: Plan, changed: frozenset[str]) -> Layout:
             transposed=False,
         )
         adapted |= {output}
-    bare = targets.takes_parameters(plan.model_type, plan.dialect)
-    routers = {pair.module for pair in own if bare and pair.kind == "router"}
-    parameters = {module: experts.parameter_of(module) for module in sorted(stacked | routers)}
-    turned = any(targets.is_transposed(module, plan.model_type) for module in adapted - parameters.keys())
+    parameters = {module: experts.parameter_of(module) for module in sorted(bare)}
+    turned = any(targets.is_transposed(module, plan.model_type) for module in adapted - bare)
     return Layout(tuple(sorted(slots, key=lambda slot: slot.key)), adapted | zero, zero, turned, parameters)
 
 
-def _stacks(plan: Plan, own: Sequence[TensorPair]) -> dict[str, list[TensorPair]]:
-    """Parameter → the pairs of all its experts in order, where loaders take experts so: both parameters of every layer in question."""
+def _stacks(plan: Plan, modules: frozenset[str]) -> dict[str, list[TensorPair]]:
+    """Parameter → the pairs of all its experts in order, where loaders take experts so."""
     if not targets.takes_parameters(plan.model_type, plan.dialect):
         return {}
-    wanted = {experts.parameter_of(pair.module).rpartition(".")[0] for pair in own if pair.kind == "expert"}
     found: dict[str, list[TensorPair]] = {}
-    for pair in sorted(plan.matrices.values(), key=lambda pair: experts.number_of(pair.module) or 0):
-        parameter = experts.parameter_of(pair.module)
-        if pair.kind == "expert" and parameter.rpartition(".")[0] in wanted:
-            found.setdefault(parameter, []).append(pair)
+    pairs = [plan.matrices[module] for module in modules if plan.matrices[module].kind == "expert"]
+    for pair in sorted(pairs, key=lambda pair: experts.number_of(pair.module)):
+        found.setdefault(experts.parameter_of(pair.module), []).append(pair)
     return found
+
+
+def _routers(plan: Plan, modules: frozenset[str]) -> set[str]:
+    """Those that are no linear layers in memory."""
+    bare = targets.takes_parameters(plan.model_type, plan.dialect)
+    return {module for module in modules if bare and plan.matrices[module].kind == "router"}
 
 
 def _stack_slots(plan: Plan, parameter: str, pairs: Sequence[TensorPair], changed: frozenset[str]) -> list[Slot]:

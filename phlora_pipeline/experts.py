@@ -40,18 +40,19 @@ def apart(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, Checkpoint]:
 
 
 def _apart(tensors: Mapping[str, TensorRef], model_type: str, url: str) -> Mapping[str, TensorRef]:
-    found = [match for match in map(_STACK.fullmatch, tensors) if match]
     blocks: dict[str, str] = {}
     stacked: set[str] = set()
     matrices: list[TensorRef] = []
-    for match in found:
-        both = match[0], f"{match['at']}.down_proj{match['weight']}"
+    for match in filter(None, map(_STACK.fullmatch, tensors)):
+        down = tensors.get(f"{match['at']}.down_proj{match['weight']}")
         block = match["at"].rpartition(".")[0]
         renamed = _block_of_single_experts(block, model_type)
-        if both[1] in tensors and (seen := [*_matrices(*(tensors[name] for name in both), renamed, model_type)]):
+        if down and (seen := list(_matrices(tensors[match[0]], down, renamed, model_type))):
             blocks[block] = renamed
-            stacked |= set(both)
+            stacked |= {match[0], down.name}
             matrices += seen
+    if not stacked:
+        return tensors
     others = (replace(ref, name=_moved(name, blocks)) for name, ref in tensors.items() if name not in stacked)
     result: dict[str, TensorRef] = {}
     for ref in (*others, *matrices):
@@ -61,7 +62,7 @@ def _apart(tensors: Mapping[str, TensorRef], model_type: str, url: str) -> Mappi
                 remedy="save the model again, by one library",
             )
         result[ref.name] = ref
-    return result if stacked else tensors
+    return result
 
 
 def _matrices(gate_up: TensorRef, down: TensorRef, block: str, model_type: str) -> Iterator[TensorRef]:
@@ -71,7 +72,7 @@ def _matrices(gate_up: TensorRef, down: TensorRef, block: str, model_type: str) 
         return
     (experts, a, b), (others, c, d) = shapes
     at, turned = f"{block}.experts".lstrip("."), targets.is_transposed("gate_up_proj", model_type)
-    # No two shapes fit both orientations: c = b and 2c = b.
+    # No shapes fit both orientations: (2d, c) and (d, 2c) are the same nowhere.
     if experts != others or (a, b) != ((d, 2 * c) if turned else (2 * d, c)):
         return
     names = targets.expert_names(model_type)
@@ -115,10 +116,9 @@ def parameter_of(module: str) -> str:
     return f"{match['at']}.{match['leaf']}" if match else f"{module}.weight"
 
 
-def number_of(module: str) -> int | None:
-    """Which expert a module is of; None where it is of none."""
-    match = _ONE.fullmatch(module)
-    return int(match["expert"]) if match else None
+def number_of(module: str) -> int:
+    """Which expert a module of experts is of."""
+    return int(_ONE.fullmatch(module)["expert"])  # type: ignore[index]
 
 
 def wrapper_of(parameter: str) -> str:
@@ -139,4 +139,6 @@ def of_one(stacked: Tensor, expert: int, experts: int, *, down: bool) -> Tensor:
         expert, experts: which of how many.
         down: whether it is A.
     """
-    return stacked.unflatten(0, (experts, -1))[expert] if down else stacked.unflatten(1, (-1, experts))[..., expert]
+    if down:
+        return stacked.view(experts, -1, stacked.shape[1])[expert]
+    return stacked.view(stacked.shape[0], -1, experts)[..., expert]

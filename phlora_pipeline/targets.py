@@ -22,6 +22,7 @@ Targets = Literal["all", "linear", "paper"]
 Dialect = Literal["portable", "peft"]
 
 EXCLUDED = "excluded by --exclude"
+_UNKNOWN_STACK = "experts in one tensor that cannot be told apart: its layout is not known for this type of model"
 
 MATRIX_KINDS: frozenset[Kind] = frozenset({"attention", "mlp", "expert", "router", "embedding", "lm_head", "linear"})
 _TARGET_KINDS: dict[Targets, frozenset[Kind]] = {
@@ -57,7 +58,7 @@ _FAMILIES = (
     ("wq", "wk", "wv"),
     ("w1", "w3"),
 )
-_EXPERT_FAMILIES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w2", "w3"))
+_EXPERT_FAMILIES = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"), ("w1", "w2", "w3"))
 
 
 def module_of(name: str) -> str:
@@ -220,12 +221,14 @@ def shape_refusal(shape: Sequence[int], kind: Kind, dtype: str) -> str:
     """Why a tensor cannot be a LoRA target at all; empty where it can."""
     if kind in {"norm", "bias"}:
         return f"a {kind} has no low-rank form"
-    if kind == "expert" and len(shape) == 3:
-        return "experts in one tensor that cannot be told apart: its layout is not known for this type of model"
     if kind == "conv":
         return f"{len(shape)}-D weights (convolutions, fused experts) are not adapted yet"
     if kind == "other" or len(shape) != 2:
-        return "not the 2-D weight of a module that loaders find and apply by its name"
+        return (
+            _UNKNOWN_STACK
+            if kind == "expert"
+            else "not the 2-D weight of a module that loaders find and apply by its name"
+        )
     if dtype not in {"F64", "F32", "F16", "BF16"}:
         return f"stored as {dtype}: quantised weights are not dequantised yet"
     if 0 in shape:

@@ -161,7 +161,7 @@ def _pairs(
             problems.append(f"unexpected key {key!r}: no loader knows what to do with it")
         else:
             sides.setdefault(match["module"], {})[match["embedding"] or match["linear"]] = ref
-    pairs = {}
+    pairs: dict[str, _Pair] = {}
     stacks = {experts.wrapper_of(name): name for name in parameters}
     for module, found in sides.items():
         if set(found) not in ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"}):
@@ -170,7 +170,10 @@ def _pairs(
         down, up = (found[name] for name in sorted(found))
         if module in stacks and down.shape[:1] == up.shape[1:] and not down.shape[0] % rank:
             (at, _, leaf), count = stacks[module].rpartition("."), down.shape[0] // rank
-            pairs |= {f"{at}.{expert}.{leaf}": _Pair(down, up, embedding=False, expert=expert, experts=count) for expert in range(count)}
+            pairs |= {
+                f"{at}.{expert}.{leaf}": _Pair(down, up, embedding=False, expert=expert, experts=count)
+                for expert in range(count)
+            }
         elif (down.shape[:1], up.shape[1:]) == ((rank,), (rank,)):
             pairs[module] = _Pair(down, up, embedding="lora_embedding_A" in found)
         else:

@@ -45,10 +45,11 @@ STRANGERS: dict[str, Callable[[], PreTrainedModel]] = {
 }  # fmt: skip
 """Architectures in which a name alone misleads."""
 
-GPT_OSS: Callable[[], PreTrainedModel] = lambda: _build(
-    "GptOss", "ForCausalLM", **EXPERTS, head_dim=8, num_local_experts=4, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
-)  # fmt: skip
-"""Its experts are stacked on disk as well, gate and up interleaved, with biases."""
+
+def gpt_oss() -> PreTrainedModel:
+    """Its experts are stacked on disk as well, gate and up interleaved, with biases."""
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    return _build("GptOss", "ForCausalLM", **EXPERTS, head_dim=8, num_local_experts=4, rope_parameters=plain)
 
 
 def _build(family: str, head: str, **settings: object) -> PreTrainedModel:
