@@ -22,6 +22,7 @@ Targets = Literal["all", "linear", "paper"]
 Dialect = Literal["portable", "peft"]
 
 EXCLUDED = "excluded by --exclude"
+_NO_MODULE = "not the 2-D weight of a module that loaders find and apply by its name"
 _UNKNOWN_STACK = "experts in one tensor that cannot be told apart: its layout is not known for this type of model"
 
 MATRIX_KINDS: frozenset[Kind] = frozenset({"attention", "mlp", "expert", "router", "embedding", "lm_head", "linear"})
@@ -224,11 +225,7 @@ def shape_refusal(shape: Sequence[int], kind: Kind, dtype: str) -> str:
     if kind == "conv":
         return f"{len(shape)}-D weights (convolutions, fused experts) are not adapted yet"
     if kind == "other" or len(shape) != 2:
-        return (
-            _UNKNOWN_STACK
-            if kind == "expert"
-            else "not the 2-D weight of a module that loaders find and apply by its name"
-        )
+        return _UNKNOWN_STACK if kind == "expert" else _NO_MODULE
     if dtype not in {"F64", "F32", "F16", "BF16"}:
         return f"stored as {dtype}: quantised weights are not dequantised yet"
     if 0 in shape:
