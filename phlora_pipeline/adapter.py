@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from phlora_pipeline import carry, safetensors_format, targets
+from phlora_pipeline import carry, experts, safetensors_format, targets
 from phlora_pipeline.carry import Place
 from phlora_pipeline.checkpoint import TensorRef, read_tensors
 from phlora_pipeline.plan import Plan, TensorPair
+from phlora_pipeline.targets import Kind
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16), "float16": ("F16", torch.float16)}
+
+_STACKED: frozenset[Kind] = frozenset({"expert", "router"})
+"""Kinds that PEFT adapts in every layer or in none; where experts are stacked, every expert or none."""
 
 Side = Literal["A", "B"]
 
@@ -38,6 +42,7 @@ class Slot:
         tensor: the weight whose factor fills it, or None for zeros.
         side: which factor.
         transposed: whether the factor is turned: for weights that are stored as (in, out), and for embeddings.
+        stack: instead of `tensor`, the weights of all experts in order, where one tensor of the file holds the factors of all.
     """
 
     key: str
@@ -45,6 +50,7 @@ class Slot:
     tensor: str | None
     side: Side
     transposed: bool
+    stack: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,7 @@ class Layout:
         modules: the modules that have a pair.
         zero_filled: those of them whose pair is zero.
         fan_in_fan_out: whether any pair is for a weight stored as (in, out).
+        parameters: of the modules, those that loaders know by a parameter's name → that name.
         kept: what is no factor, by key.
         whole: modules that are kept whole.
         biases: whether the pairs have biases.
@@ -84,6 +91,7 @@ class Layout:
     modules: frozenset[str]
     zero_filled: frozenset[str]
     fan_in_fan_out: bool
+    parameters: Mapping[str, str]
     kept: tuple[Kept, ...] = ()
     whole: tuple[str, ...] = ()
     biases: bool = False
@@ -118,14 +126,19 @@ def make_layout(
     """
     own = [pair for pair in plan.adapted if pair.name in factored]
     adapted = frozenset(pair.module for pair in own)
-    zero = targets.families(plan.matrices, adapted) if plan.dialect == "portable" else frozenset()
+    filled = adapted if plan.dialect == "portable" else {pair.module for pair in own if pair.kind in _STACKED}
+    zero = targets.families(plan.matrices, frozenset(filled))
     moved = {place.module for name, place in plan.carried.items() if place.how == "bias" and name in changed}
     zero |= moved - adapted  # a bias needs a pair that it can be the bias of
     whole = tuple(carry.kept_modules(changed, plan.carried, tuned or {}))
     if whole and not adapted | zero:
         zero = frozenset({plan.adapted[0].module})  # PEFT loads no LoRA without a pair
-    slots = [slot for pair in own for slot in _pair_slots(plan, pair, pair.name)]
-    slots += [slot for module in zero for slot in _pair_slots(plan, plan.matrices[module], None)]
+    stacks = _stacks(plan, adapted | zero)
+    stacked = {pair.module for pairs in stacks.values() for pair in pairs}
+    bare = stacked | _routers(plan, adapted | zero)
+    slots = [slot for pair in own if pair.module not in stacked for slot in _pair_slots(plan, pair, pair.name)]
+    slots += [slot for name, pairs in stacks.items() for slot in _stack_slots(plan, name, pairs, factored)]
+    slots += [slot for module in zero - stacked for slot in _pair_slots(plan, plan.matrices[module], None)]
     if plan.tied and plan.tied[0] in adapted:
         source, output = plan.tied
         slots += _slots(
@@ -137,7 +150,8 @@ def make_layout(
             transposed=False,
         )
         adapted |= {output}
-    turned = any(targets.is_transposed(module, plan.model_type) for module in adapted)
+    parameters = {module: experts.parameter_of(module) for module in sorted(bare)}
+    turned = any(targets.is_transposed(module, plan.model_type) for module in adapted - bare)
     kept = [*_whole(plan, whole, tuned or {})]
     if moved:
         kept += [_bias(plan, module, base or {}, tuned or {}) for module in adapted | zero]
@@ -148,6 +162,7 @@ def make_layout(
         adapted | zero,
         zero,
         turned,
+        parameters,
         tuple(sorted(kept, key=lambda item: item.key)),
         whole,
         bool(moved),
@@ -172,6 +187,31 @@ def _bias(plan: Plan, module: str, base: Mapping[str, TensorRef], tuned: Mapping
     if name in base and name in tuned:
         return Kept(f"{PREFIX}{module}.lora_B.bias", "F32", tuned[name].shape, tuned[name], base[name])
     return Kept(f"{PREFIX}{module}.lora_B.bias", "F32", (rows,))
+
+
+def _stacks(plan: Plan, modules: frozenset[str]) -> dict[str, list[TensorPair]]:
+    """Parameter → the pairs of all its experts in order, where loaders take experts so."""
+    if not targets.takes_parameters(plan.model_type, plan.dialect):
+        return {}
+    found: dict[str, list[TensorPair]] = {}
+    pairs = [plan.matrices[module] for module in modules if plan.matrices[module].kind == "expert"]
+    for pair in sorted(pairs, key=lambda pair: experts.number_of(pair.module)):
+        found.setdefault(experts.parameter_of(pair.module), []).append(pair)
+    return found
+
+
+def _routers(plan: Plan, modules: frozenset[str]) -> set[str]:
+    """Those that are no linear layers in memory."""
+    bare = targets.takes_parameters(plan.model_type, plan.dialect)
+    return {module for module in modules if bare and plan.matrices[module].kind == "router"}
+
+
+def _stack_slots(plan: Plan, parameter: str, pairs: Sequence[TensorPair], changed: frozenset[str]) -> list[Slot]:
+    stack = tuple(pair.name if pair.name in changed else None for pair in pairs)
+    transposed = targets.is_transposed(parameter, plan.model_type)
+    width = plan.written_rank * len(pairs)
+    both = _slots(experts.wrapper_of(parameter), pairs[0], width, None, embedding=False, transposed=transposed)
+    return [replace(slot, stack=stack) for slot in both]
 
 
 def _pair_slots(plan: Plan, pair: TensorPair, tensor: str | None) -> list[Slot]:
@@ -226,6 +266,15 @@ def keep(item: Kept) -> Tensor:
     return tuned.float() - base.float()
 
 
+def fill_stack(slot: Slot, factors: Iterable[Tensor | None], rank: int, dtype: torch.dtype) -> Tensor:
+    """The same of a stack: one factor for each expert, in order."""
+    filled = torch.zeros(slot.shape, dtype=dtype)
+    for expert, factor in enumerate(factors):
+        one = experts.of_one(filled, expert, len(slot.stack), down=(slot.side == "A") != slot.transposed)
+        one.copy_(fill(replace(slot, shape=(one.shape[0], one.shape[1]), stack=()), factor, rank, dtype))
+    return filled
+
+
 def cut(factor: Tensor, side: Side, rank: int) -> Tensor:
     """The factor at a smaller rank: the first rows of A (r, k), or the first columns of B (d, r)."""
     return factor[:rank] if side == "A" else factor[:, :rank]
@@ -260,6 +309,8 @@ def adapter_config(plan: Plan, layout: Layout, base_name: str, architectures: Se
         architectures: of the fine-tune's `config.json`.
     """
     causal = any("ForCausalLM" in name or "LMHead" in name for name in architectures)
+    modules = layout.modules - layout.parameters.keys()
+    parameters = sorted(set(layout.parameters.values()))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if causal else None,
@@ -276,7 +327,8 @@ def adapter_config(plan: Plan, layout: Layout, base_name: str, architectures: Se
         "rank_pattern": {},
         "alpha_pattern": {},
         "modules_to_save": list(layout.whole) or None,
-        "target_modules": targets.target_modules(layout.modules, [*plan.modules, *layout.modules]),
+        "target_modules": targets.target_modules(modules, [*plan.modules, *layout.modules]),
+        **({"target_parameters": parameters} if parameters else {}),
     }
 
 

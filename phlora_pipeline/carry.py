@@ -55,7 +55,7 @@ def places(
         Tensor → place, and tensor → reason.
     """
     containers = {parent for name in names for parent in _ancestors(_module(name))}
-    experts = "expert" in adapted.values()
+    experts = bool({"expert", "router"} & set(adapted.values()))
     found: dict[str, Place] = {}
     without: dict[str, str] = {}
     for name, kind in wanted.items():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from phlora_pipeline import adapter, driver, lowrank, manifest, names, reducer, storage
+from phlora_pipeline import adapter, driver, experts, lowrank, manifest, names, reducer, storage
 from phlora_pipeline.card import model_card
 from phlora_pipeline.checkpoint import Checkpoint, open_checkpoint
 from phlora_pipeline.config import RunConfig, read_profile
@@ -122,7 +122,8 @@ def prepare(config: RunConfig, base: Checkpoint, parts_url: str, model: str = ""
         parts_url: folder of parts.
         model: its id in a zoo.
     """
-    tuned = names.by_the_names_of(base, open_checkpoint(config.tuned))
+    base, tuned = experts.apart(base, open_checkpoint(config.tuned))
+    tuned = names.by_the_names_of(base, tuned)
     base_name = config.base_name or adapter.base_name_from(tuned.config) or adapter.base_name_from(base.config)
     settings = PlanSettings(
         selection=Selection(config.targets, config.include, config.exclude),

@@ -232,13 +232,18 @@ def weights(reduction: Reduction) -> tuple[bytes, parts.Body]:
             if isinstance(item, Kept):
                 yield from parts.tensor_chunks(adapter.keep(item))
             else:
-                yield from parts.tensor_chunks(adapter.fill(item, _factor(item, reduction), reduction.plan.rank, dtype))
+                yield from parts.tensor_chunks(_filled(item, reduction, dtype))
 
     return header, tensors
 
 
-def _factor(slot: Slot, reduction: Reduction) -> torch.Tensor | None:
-    return None if slot.tensor is None else parts.read_factor(reduction.sources[slot.tensor], slot.side, slot.tensor)
+def _filled(slot: Slot, reduction: Reduction, dtype: torch.dtype) -> torch.Tensor:
+    def factor(tensor: str | None) -> torch.Tensor | None:
+        return None if tensor is None else parts.read_factor(reduction.sources[tensor], slot.side, tensor)
+
+    if slot.stack:
+        return adapter.fill_stack(slot, map(factor, slot.stack), reduction.plan.rank, dtype)
+    return adapter.fill(slot, factor(slot.tensor), reduction.plan.rank, dtype)
 
 
 def _blank_row(plan: Plan, ref: TensorRef, base: TensorRef | None) -> EnergyRow:

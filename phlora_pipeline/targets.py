@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import resources
@@ -22,6 +22,8 @@ Targets = Literal["all", "linear", "paper"]
 Dialect = Literal["portable", "peft"]
 
 EXCLUDED = "excluded by --exclude"
+_NO_MODULE = "not the 2-D weight of a module that loaders find and apply by its name"
+_UNKNOWN_STACK = "experts in one tensor that cannot be told apart: its layout is not known for this type of model"
 
 MATRIX_KINDS: frozenset[Kind] = frozenset(
     {"attention", "mlp", "expert", "router", "embedding", "lm_head", "linear", "conv"}
@@ -41,6 +43,7 @@ _TABLE = re.compile(r"^(embed_positions|rel_embeddings|embed_out)$")
 _HEAD = re.compile(r"(^|\.)(lm_head|output_projection|output_layer)$|^output$")
 _TOWER = re.compile(r"(^|\.)(vision\w*|visual|audio\w*|image\w*|multi_modal_projector|mm_projector|connector)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_STACKED = re.compile(r"(^|\.)experts\.[a-z]\w*(\.weight)?$")
 _ROUTER = re.compile(r"\.(gate|router|router\.layer|shared_expert_gate)$")
 _NORM = re.compile(r"(norm\w*|(^|_)ln(_\w+)?\d*)$", re.IGNORECASE)
 _ATTENTION = re.compile(
@@ -58,7 +61,7 @@ _FAMILIES = (
     ("wq", "wk", "wv"),
     ("w1", "w3"),
 )
-_EXPERT_FAMILIES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w2", "w3"))
+_EXPERT_FAMILIES = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"), ("w1", "w2", "w3"))
 
 
 def module_of(name: str) -> str:
@@ -83,6 +86,8 @@ def kind_of(name: str, shape: Sequence[int]) -> Kind:
     leaf = module.rpartition(".")[2]
     if len(shape) < 2:
         return "norm" if _NORM.search(leaf) else "other"
+    if len(shape) == 3 and _STACKED.search(name):
+        return "expert"
     if not name.endswith(".weight") or _TABLE.match(leaf):
         return "other"
     if len(shape) > 2:
@@ -132,7 +137,8 @@ def server_rules(model_type: str, dialect: Dialect) -> ServerRules:
     document = _servers()
     if dialect == "peft":
         # transformers 5 fuses experts and makes routers modules of their own kind; PEFT converts the names of some types.
-        found = document["types"].get(model_type, {}).get("peft_experts", False)
+        known = document["types"].get(model_type, {})
+        found = known.get("peft_experts", False) or known.get("peft_parameters", False)
         kinds = MATRIX_KINDS if found else MATRIX_KINDS - {"router", "expert"}
         return ServerRules("peft", model_type, kinds, listed=True, max_rows=None, rank_grid=(), tied_embeddings=True)
     known = document["types"].get(model_type)
@@ -145,6 +151,18 @@ def server_rules(model_type: str, dialect: Dialect) -> ServerRules:
 def is_transposed(module: str, model_type: str) -> bool:
     """Whether the checkpoint stores this matrix as (in, out), as transformers' `Conv1D` does."""
     return module.rpartition(".")[2] in _servers()["types"].get(model_type, {}).get("transposed", ())
+
+
+def expert_names(model_type: str) -> Mapping[str, str]:
+    """How checkpoints of single experts spell `gate`, `up` and `down`, and the `block` around the experts where it has a name of its own there."""
+    plain = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    names: Mapping[str, str] = _servers()["types"].get(model_type, {}).get("expert_names", plain)
+    return names
+
+
+def takes_parameters(model_type: str, dialect: Dialect) -> bool:
+    """Whether experts, stacked, and routers are adapted as parameters, not as modules."""
+    return dialect == "peft" and bool(_servers()["types"].get(model_type, {}).get("peft_parameters"))
 
 
 def written_rank(rank: int, grid: Sequence[int]) -> int:
@@ -207,7 +225,7 @@ def shape_refusal(shape: Sequence[int], kind: Kind, dtype: str) -> str:
     if kind in {"norm", "bias"}:
         return f"a {kind} has no low-rank form"
     if kind == "other" or len(shape) != 2:
-        return "not the 2-D weight of a module that loaders find and apply by its name"
+        return _UNKNOWN_STACK if kind == "expert" else _NO_MODULE
     if dtype not in {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}:
         return f"stored as {dtype}, and not in floating point"
     if 0 in shape:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from phlora_pipeline import adapter, lowrank, manifest, names, reducer, storage, targets, verify_kept
+from phlora_pipeline import adapter, experts, lowrank, manifest, names, reducer, storage, targets, verify_kept
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef, open_checkpoint, open_file, read_tensors
 from phlora_pipeline.errors import NotFoundError, RequestError
 from phlora_pipeline.extract import checked_device
@@ -66,6 +67,25 @@ class _Pair:
     down: TensorRef
     up: TensorRef
     embedding: bool
+    expert: int = 0
+    experts: int = 1
+
+
+class _Factors:
+    """Reads pairs; a stack of experts once for all that are asked for one after another."""
+
+    def __init__(self) -> None:
+        self._of: list[TensorRef] = []
+        self._held: list[Tensor] = []
+
+    def read(self, pair: _Pair) -> list[Tensor]:
+        """A (r, in) and B (out, r), or an embedding's."""
+        if self._of != [pair.down, pair.up]:
+            self._of, self._held = [pair.down, pair.up], read_tensors([pair.down, pair.up])
+        if pair.experts == 1:
+            return self._held
+        both = zip(self._held, (True, False), strict=True)
+        return [experts.of_one(held, pair.expert, pair.experts, down=down) for held, down in both]
 
 
 def verify(
@@ -83,20 +103,22 @@ def verify(
         RequestError: one of the three cannot be read as what it should be.
     """
     where = checked_device(device)
-    base = open_checkpoint(base_url)
-    tuned = names.by_the_names_of(base, open_checkpoint(tuned_url))
+    base, tuned = experts.apart(open_checkpoint(base_url), open_checkpoint(tuned_url))
+    tuned = names.by_the_names_of(base, tuned)
     folder = storage.normalize(adapter_url)
     config = _config(folder)
     rank, scale = _rank_and_scale(config, folder)
     tensors, _ = open_file(storage.join(folder, adapter.WEIGHTS))
-    factors, problems = verify_kept.without_kept(tensors, config, base, tuned)
-    pairs, more = _pairs(factors, rank)
+    own, problems = verify_kept.without_kept(tensors, config, base, tuned)
+    pairs, more = _pairs(own, rank, config.get("target_parameters") or [])
     problems += more
     promised = _promises(folder)
     problems += _digest_problems(folder)
     problems += _key_problems(pairs, config, base, promised)
+    factors = _Factors()
     measured = [
-        _check(module, pair, base, tuned, promised, scale, tolerance, where) for module, pair in sorted(pairs.items())
+        _check(module, pair, factors, base, tuned, promised, scale, tolerance, where)
+        for module, pair in sorted(pairs.items(), key=lambda item: (item[1].down.name, item[1].expert))
     ]
     kept, total = math.fsum(kept for _, kept, _ in measured), math.fsum(total for _, _, total in measured)
     return Verification(tuple(check for check, _, _ in measured), tuple(problems), kept / total if total else None)
@@ -131,7 +153,9 @@ def _rank_and_scale(config: Mapping[str, Any], folder: str) -> tuple[int, float]
     return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
-def _pairs(tensors: Mapping[str, TensorRef], rank: int) -> tuple[dict[str, _Pair], list[str]]:
+def _pairs(
+    tensors: Mapping[str, TensorRef], rank: int, parameters: Sequence[str]
+) -> tuple[dict[str, _Pair], list[str]]:
     sides: dict[str, dict[str, TensorRef]] = {}
     problems = []
     for key, ref in tensors.items():
@@ -140,13 +164,20 @@ def _pairs(tensors: Mapping[str, TensorRef], rank: int) -> tuple[dict[str, _Pair
             problems.append(f"unexpected key {key!r}: no loader knows what to do with it")
         else:
             sides.setdefault(match["module"], {})[match["embedding"] or match["linear"]] = ref
-    pairs = {}
+    pairs: dict[str, _Pair] = {}
+    stacks = {experts.wrapper_of(name): name for name in parameters}
     for module, found in sides.items():
         if set(found) not in ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"}):
             problems.append(f"{module} has {', '.join(sorted(found))} without its counterpart")
             continue
         down, up = (found[name] for name in sorted(found))
-        if down.shape[0] == rank == up.shape[1]:
+        if module in stacks and down.shape[:1] == up.shape[1:] and not down.shape[0] % rank:
+            (at, _, leaf), count = stacks[module].rpartition("."), down.shape[0] // rank
+            pairs |= {
+                f"{at}.{expert}.{leaf}": _Pair(down, up, embedding=False, expert=expert, experts=count)
+                for expert in range(count)
+            }
+        elif down.shape[0] == rank == up.shape[1]:
             pairs[module] = _Pair(down, up, embedding="lora_embedding_A" in found)
         else:
             problems.append(f"{module} has {list(down.shape)} and {list(up.shape)}, {adapter.CONFIG} says rank {rank}")
@@ -170,14 +201,14 @@ def _key_problems(
     pairs: Mapping[str, _Pair], config: Mapping[str, Any], base: Checkpoint, promised: Mapping[str, EnergyRow]
 ) -> Iterator[str]:
     modules = {targets.module_of(name) for name in base.tensors}
-    wanted = config.get("target_modules") or []
+    wanted, parameters = config.get("target_modules") or [], config.get("target_parameters") or []
     for module in sorted(pairs):
-        if not _matched(module, wanted):
+        if not _matched(module, wanted) and not _matched(experts.parameter_of(module), parameters):
             yield f"{module} is in the file but not in target_modules: PEFT would drop it without a word"
         if module not in modules and targets.kind_of(f"{module}.weight", (1, 1)) != "lm_head":
             yield f"{module} is no module of the base: loaders would drop it without a word"
     for module in sorted(modules - set(pairs)):
-        if _matched(module, wanted):
+        if _matched(module, wanted) or _matched(experts.parameter_of(module), parameters):
             yield f"target_modules names {module}, which has no pair in the file"
     for module, row in sorted(promised.items()):
         if row.status in {"adapted", "zero_filled"} and module not in pairs:
@@ -194,6 +225,7 @@ def _matched(module: str, wanted: object) -> bool:
 def _check(
     module: str,
     pair: _Pair,
+    factors: _Factors,
     base: Checkpoint,
     tuned: Checkpoint,
     promised: Mapping[str, EnergyRow],
@@ -216,9 +248,7 @@ def _check(
     before, after = base.tensors.get(name), tuned.tensors.get(name)
     if before is None or after is None or before.shape[1:] != after.shape[1:] or len(before.shape) < 2:
         return _unmeasured(module, "the checkpoints hold no comparable matrix of this name")
-    down, up = (
-        tensor.to(device, torch.float32).flatten(1) for tensor in read_tensors([pair.down, pair.up])
-    )  # (r, in), (out, r)
+    down, up = (tensor.to(device, torch.float32).flatten(1) for tensor in factors.read(pair))  # (r, in), (out, r)
     before, after = before.matrix, after.matrix
     turned = pair.embedding or targets.is_transposed(module, tuned.model_type or base.model_type)
     product = (down.mT, up.mT) if turned else (up, down)

@@ -46,6 +46,12 @@ STRANGERS: dict[str, Callable[[], PreTrainedModel]] = {
 """Architectures in which a name alone misleads."""
 
 
+def gpt_oss() -> PreTrainedModel:
+    """Its experts are stacked on disk as well, gate and up interleaved, with biases."""
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    return _build("GptOss", "ForCausalLM", **EXPERTS, head_dim=8, num_local_experts=4, rope_parameters=plain)
+
+
 def _build(family: str, head: str, **settings: object) -> PreTrainedModel:
     """The same random weights at every call; `eval`, since dropout cannot be compared."""
     config = getattr(transformers, f"{family}Config")(**settings)
@@ -82,9 +88,9 @@ def matrices(_name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2
 
 
-def save(model: PreTrainedModel, folder: Path) -> Path:
-    """As everybody saves a model."""
-    model.save_pretrained(folder)
+def save(model: PreTrainedModel, folder: Path, *, as_in_memory: bool = False) -> Path:
+    """As everybody saves a model; or with its experts stacked, as transformers 5 holds them."""
+    model.save_pretrained(folder, save_original_format=not as_in_memory)
     return folder
 
 
