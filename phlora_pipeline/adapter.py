@@ -1,8 +1,9 @@
 """Write side: which keys an adapter file has, what shape each is, and which factor fills it. Layouts, not bytes.
 
 Everything here follows one rule for portability (`servers.toml` and the loaders' sources say why): one rank for all
-modules, reached by zero-padding; `lora_alpha == r`, so that every loader's scale is 1; no rank or alpha patterns, no
-rsLoRA, no `modules_to_save`, no bias; plain 2-D keys; explicit zero pairs where a family would otherwise have a gap.
+modules, reached by zero-padding; `lora_alpha == r`, so that every loader's scale is 1; no rsLoRA, no `modules_to_save`,
+no bias; plain 2-D keys; explicit zero pairs where a family would otherwise have a gap. With `--energy`, the dialects whose
+servers read patterns get each module at its own rank and the same alpha, so that the scale is 1 there, too.
 """
 
 from __future__ import annotations
@@ -54,45 +55,57 @@ class Layout:
         modules: the modules that have a pair.
         zero_filled: those of them whose pair is zero.
         fan_in_fan_out: whether any pair is for a weight stored as (in, out).
+        ranks: module → its rank, where that is not the adapter's.
     """
 
     slots: tuple[Slot, ...]
     modules: frozenset[str]
     zero_filled: frozenset[str]
     fan_in_fan_out: bool
+    ranks: Mapping[str, int]
 
 
-def make_layout(plan: Plan, changed: frozenset[str]) -> Layout:
+def make_layout(plan: Plan, changed: frozenset[str], own_ranks: Mapping[str, int] | None = None) -> Layout:
     """Slots for every changed target, its tied output, and the zero pairs that complete families.
 
     Args:
         plan: what was meant to be adapted.
         changed: names of the tensors that have factors.
+        own_ranks: the rank of these factors, where the plan has each written at its own.
     """
     own = [pair for pair in plan.adapted if pair.name in changed]
     adapted = frozenset(pair.module for pair in own)
-    zero = targets.families(plan.matrices, adapted) if plan.dialect == "portable" else frozenset()
-    slots = [slot for pair in own for slot in _pair_slots(plan, pair, pair.name)]
-    slots += [slot for module in zero for slot in _pair_slots(plan, plan.matrices[module], None)]
+    whole = targets.server_rules(plan.model_type, plan.dialect).whole_families
+    zero = targets.families(plan.matrices, adapted) if whole else frozenset()
+    ranks = {pair.module: _slot_rank(plan, pair, (own_ranks or {}).get(pair.name, plan.rank)) for pair in own}
+    ranks |= {module: _slot_rank(plan, plan.matrices[module], 1) for module in zero}
+    slots = [slot for pair in own for slot in _pair_slots(plan, pair, ranks[pair.module], pair.name)]
+    slots += [slot for module in zero for slot in _pair_slots(plan, plan.matrices[module], ranks[module], None)]
     if plan.tied and plan.tied[0] in adapted:
         source, output = plan.tied
-        slots += _slots(
-            output,
-            plan.matrices[source],
-            plan.written_rank,
-            plan.matrices[source].name,
-            embedding=False,
-            transposed=False,
-        )
+        ranks[output] = ranks[source]
+        pair = plan.matrices[source]
+        slots += _slots(output, pair, ranks[source], pair.name, embedding=False, transposed=False)
         adapted |= {output}
     turned = any(targets.is_transposed(module, plan.model_type) for module in adapted)
-    return Layout(tuple(sorted(slots, key=lambda slot: slot.key)), adapted | zero, zero, turned)
+    return Layout(
+        tuple(sorted(slots, key=lambda slot: slot.key)),
+        adapted | zero,
+        zero,
+        turned,
+        {module: rank for module, rank in sorted(ranks.items()) if rank != plan.written_rank},
+    )
 
 
-def _pair_slots(plan: Plan, pair: TensorPair, tensor: str | None) -> list[Slot]:
+def _slot_rank(plan: Plan, pair: TensorPair, own: int) -> int:
+    """Experts and routers keep the adapter's rank: PEFT stacks the ones and renames the others, and no pattern follows."""
+    return own if plan.per_tensor_ranks and pair.kind not in {"expert", "router"} else plan.written_rank
+
+
+def _pair_slots(plan: Plan, pair: TensorPair, rank: int, tensor: str | None) -> list[Slot]:
     embedding = pair.kind == "embedding"
     transposed = embedding or targets.is_transposed(pair.module, plan.model_type)
-    return _slots(pair.module, pair, plan.written_rank, tensor, embedding=embedding, transposed=transposed)
+    return _slots(pair.module, pair, rank, tensor, embedding=embedding, transposed=transposed)
 
 
 def _slots(
@@ -163,6 +176,8 @@ def adapter_config(plan: Plan, layout: Layout, base_name: str, architectures: Se
         architectures: of the fine-tune's `config.json`.
     """
     causal = any("ForCausalLM" in name or "LMHead" in name for name in architectures)
+    # PEFT and vLLM read a key as a regular expression for the end of a module's name; from `^` on it is the whole of it.
+    pattern = {f"^{re.escape(module)}": rank for module, rank in layout.ranks.items()}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if causal else None,
@@ -175,8 +190,8 @@ def adapter_config(plan: Plan, layout: Layout, base_name: str, architectures: Se
         "fan_in_fan_out": layout.fan_in_fan_out,
         "use_rslora": False,
         "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
         "modules_to_save": None,
         "target_modules": targets.target_modules(layout.modules, [*plan.modules, *layout.modules]),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from phlora_pipeline import targets
 from phlora_pipeline.manifest import EnergyRow
 from phlora_pipeline.plan import Plan
 from phlora_pipeline.summary import Summary, percent, reasons, summarize
@@ -46,14 +47,7 @@ def model_card(plan: Plan, rows: Sequence[EnergyRow], *, base_name: str, dtype: 
     lines += [
         "## Loading it",
         "",
-        "```python",
-        "from peft import PeftModel",
-        'model = PeftModel.from_pretrained(base_model, "THIS_FOLDER")',
-        "```",
-        "",
-        f"vLLM: `vllm serve BASE --enable-lora --max-lora-rank {plan.written_rank} --lora-modules NAME=THIS_FOLDER`.",
-        "llama.cpp: `convert_lora_to_gguf.py --base BASE THIS_FOLDER`.",
-        "",
+        *_loading(plan),
     ]
     if plan.tied:
         lines += [
@@ -61,6 +55,31 @@ def model_card(plan: Plan, rows: Sequence[EnergyRow], *, base_name: str, dtype: 
             "",
         ]
     return "\n".join(lines)
+
+
+def _loading(plan: Plan) -> list[str]:
+    """For the servers that the dialect is for, and no others."""
+    rules = targets.server_rules(plan.model_type, plan.dialect)
+    limit = targets.written_rank(plan.written_rank, targets.server_rules(plan.model_type, "vllm").rank_grid)
+    told = {
+        "PEFT": [
+            "```python",
+            "from peft import PeftModel",
+            'model = PeftModel.from_pretrained(base_model, "THIS_FOLDER")',
+            "```",
+            "",
+        ],
+        "vLLM": [f"vLLM: `vllm serve BASE --enable-lora --max-lora-rank {limit} --lora-modules NAME=THIS_FOLDER`."],
+        "SGLang": ["SGLang: `python -m sglang.launch_server --model-path BASE --lora-paths NAME=THIS_FOLDER`."],
+        "llama.cpp": ["llama.cpp: `convert_lora_to_gguf.py --base BASE THIS_FOLDER`."],
+    }
+    lines = [line for server in rules.takes for line in told[server]]
+    if plan.per_tensor_ranks:
+        lines += [
+            "",
+            "Each module has a rank of its own (`rank_pattern`): of the servers, only vLLM from 0.32 on reads that.",
+        ]
+    return [*lines, ""]
 
 
 def _left_out(rows: Sequence[EnergyRow], summary: Summary) -> list[str]:

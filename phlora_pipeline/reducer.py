@@ -92,9 +92,10 @@ def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint,
         part = parts.load(member.part_url)
         results |= part.results
         sources |= {name: part for name, result in part.results.items() if result.status == "factored"}
+    ranks = {name: len(results[name].singular_values) for name in sources}
     if plan.energy is not None:
-        plan = plan.of_rank(max((len(results[name].singular_values) for name in sources), default=1))
-    layout = adapter.make_layout(plan, frozenset(sources))
+        plan = plan.of_rank(max(ranks.values(), default=1))
+    layout = adapter.make_layout(plan, frozenset(sources), ranks)
     picked = adapter.pick_dtype(dtype, plan.adapted)
     rows = []
     for name, ref in sorted(tuned.tensors.items()):

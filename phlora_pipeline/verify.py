@@ -1,7 +1,7 @@
 """Is an adapter what it claims to be? Measured from the written bytes, against both checkpoints, one module at a time.
 
 Loaders do not ask: PEFT drops keys that fit no module without a word, vLLM serves the base model for a wrong path. So
-the key sets are compared here, as PEFT's own matching would, and the energy of each pair is measured anew.
+the key sets are compared here, as the dialect's loaders would, and the energy of each pair is measured anew.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from phlora_pipeline import adapter, lowrank, manifest, reducer, storage, targets
+from phlora_pipeline import adapter, loaders, lowrank, manifest, reducer, storage, targets
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef, open_checkpoint, open_file, read_tensors
 from phlora_pipeline.errors import NotFoundError, RequestError
 from phlora_pipeline.extract import checked_device
 from phlora_pipeline.manifest import EnergyRow
+from phlora_pipeline.targets import Dialect
 
 TOLERANCE = 1e-4
 """How far the measured energy may be from the manifest's: well above rounding, well below anything that matters."""
@@ -69,13 +70,20 @@ class _Pair:
 
 
 def verify(
-    base_url: str, tuned_url: str, adapter_url: str, *, tolerance: float = TOLERANCE, device: str = "cpu"
+    base_url: str,
+    tuned_url: str,
+    adapter_url: str,
+    *,
+    dialect: Dialect | None = None,
+    tolerance: float = TOLERANCE,
+    device: str = "cpu",
 ) -> Verification:
     """Check an adapter against its two checkpoints.
 
     Args:
         base_url, tuned_url: the checkpoints.
         adapter_url: a PEFT folder; `energy.parquet` beside the weights, where there is one, is held to its word.
+        dialect: whose loaders it is held to; None: those it was written for, by `run.json`, or PEFT.
         tolerance: of the difference between measured and promised energy.
         device: where to multiply.
 
@@ -86,14 +94,18 @@ def verify(
     base, tuned = open_checkpoint(base_url), open_checkpoint(tuned_url)
     folder = storage.normalize(adapter_url)
     config = _config(folder)
-    rank, scale = _rank_and_scale(config, folder)
+    ranks = _ranks(config, folder)
     tensors, _ = open_file(storage.join(folder, adapter.WEIGHTS))
-    pairs, problems = _pairs(tensors, rank)
-    promised = _promises(folder)
-    problems += _digest_problems(folder)
+    pairs, problems = _pairs(tensors, ranks)
+    promised, run = _promises(folder), _run(folder)
+    problems += _digest_problems(folder, run)
     problems += _key_problems(pairs, config, base, promised)
+    rules = targets.server_rules(tuned.model_type or base.model_type, dialect or _dialect(run))
+    shapes = {name: ref.shape for name, ref in base.tensors.items()}
+    problems += loaders.objections(rules, config, frozenset(pairs), shapes)
     measured = [
-        _check(module, pair, base, tuned, promised, scale, tolerance, where) for module, pair in sorted(pairs.items())
+        _check(module, pair, base, tuned, promised, ranks.scale(module), tolerance, where)
+        for module, pair in sorted(pairs.items())
     ]
     kept, total = math.fsum(kept for _, kept, _ in measured), math.fsum(total for _, _, total in measured)
     return Verification(tuple(check for check, _, _ in measured), tuple(problems), kept / total if total else None)
@@ -115,20 +127,20 @@ def _config(folder: str) -> dict[str, Any]:
     return config
 
 
-def _rank_and_scale(config: Mapping[str, Any], folder: str) -> tuple[int, float]:
-    for name in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save"):
+def _ranks(config: Mapping[str, Any], folder: str) -> loaders.Ranks:
+    for name in ("use_dora", "modules_to_save"):
         if config.get(name):
             raise RequestError(
                 f"{folder} uses {name}, which verify does not measure",
-                remedy="verify adapters of one rank, as phlora extract writes them",
+                remedy="verify adapters as phlora extract writes them",
             )
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float):
-        raise RequestError(f"{folder}/{adapter.CONFIG} has r {r!r} and lora_alpha {alpha!r}: no rank and scale")
-    return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+    try:
+        return loaders.Ranks.of(config)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"{folder}/{adapter.CONFIG} gives no rank and scale: {error}") from error
 
 
-def _pairs(tensors: Mapping[str, TensorRef], rank: int) -> tuple[dict[str, _Pair], list[str]]:
+def _pairs(tensors: Mapping[str, TensorRef], ranks: loaders.Ranks) -> tuple[dict[str, _Pair], list[str]]:
     sides: dict[str, dict[str, TensorRef]] = {}
     problems = []
     for key, ref in tensors.items():
@@ -143,6 +155,7 @@ def _pairs(tensors: Mapping[str, TensorRef], rank: int) -> tuple[dict[str, _Pair
             problems.append(f"{module} has {', '.join(sorted(found))} without its counterpart")
             continue
         down, up = (found[name] for name in sorted(found))
+        rank = ranks.rank(module)
         if (down.shape[:1], up.shape[1:]) == ((rank,), (rank,)):
             pairs[module] = _Pair(down, up, embedding="lora_embedding_A" in found)
         else:
@@ -155,10 +168,20 @@ def _promises(folder: str) -> dict[str, EnergyRow]:
     return {row.module: row for row in manifest.read(url)} if storage.stat(url) else {}
 
 
-def _digest_problems(folder: str) -> Iterator[str]:
+def _run(folder: str) -> dict[str, Any]:
+    info = storage.stat(storage.join(folder, reducer.RUN))
+    return reducer.run_record(info) if info else {}
+
+
+def _dialect(run: Mapping[str, Any]) -> Dialect:
+    named = run.get("settings", {}).get("dialect")
+    return named if named in targets.dialects() else "peft"
+
+
+def _digest_problems(folder: str, run: Mapping[str, Any]) -> Iterator[str]:
     """Are these the weights that the run published? Two adapters of one shape look alike to every loader."""
-    info, weights = storage.stat(storage.join(folder, reducer.RUN)), storage.stat(storage.join(folder, adapter.WEIGHTS))
-    promised = reducer.run_record(info).get("weights", {}).get("sha256") if info else None
+    weights = storage.stat(storage.join(folder, adapter.WEIGHTS))
+    promised = run.get("weights", {}).get("sha256")
     if promised and weights and storage.sha256(weights) != promised:
         yield f"{adapter.WEIGHTS} is not the file that {reducer.RUN} tells of"
 

@@ -203,13 +203,19 @@ def verify(
     base: Base,
     tuned: Tuned,
     adapter: Annotated[str, typer.Option("--adapter", metavar="URL", help="The adapter's folder.")],
+    dialect: Annotated[
+        Dialect | None,
+        typer.Option(
+            "--for", show_default=False, help="Whose loaders it is held to. Default: whom it was written for."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
     json_output: Json = False,
 ) -> None:
     """Measure from its bytes what an adapter keeps of the update, and check its keys. Exit 13 when anything is off."""
     with loading():
         from phlora_pipeline import verify as verification
-    found = verification.verify(base, tuned, adapter, device=device)
+    found = verification.verify(base, tuned, adapter, dialect=dialect.value if dialect else None, device=device)
     record = {
         "passed": found.passed,
         "written_energy": found.written_energy,

@@ -15,7 +15,7 @@ from phlora_pipeline.errors import RequestError
 from phlora_pipeline.plan.blocks import BLOCK_BYTES, TensorPair, digest_of, make_blocks
 from phlora_pipeline.plan.choice import choose, multimodal, pair_up, some, tied_modules
 from phlora_pipeline.plan.tasks import Member, Task, largest_first
-from phlora_pipeline.targets import Dialect, Selection
+from phlora_pipeline.targets import Dialect, Selection, ServerRules
 
 NUMERICS_REVISION = 2
 """Raised when results change, so that an upgrade recomputes a zoo only where it must."""
@@ -42,6 +42,7 @@ class Plan:
         rank: of the adapter, as asked for; the most that it may have where a threshold of energy is asked for.
         written_rank: of the adapter, as written: the next of the servers' grid.
         rank_grid: ranks that servers compute with; empty where any is.
+        per_tensor_ranks: whether each module is written at its own rank, instead of all at the largest.
         energy: the threshold of each tensor's E_r, or None; the ranks are known when all tensors are factorised.
         warnings: in words, for the user.
     """
@@ -60,6 +61,7 @@ class Plan:
     rank: int
     written_rank: int
     rank_grid: tuple[int, ...]
+    per_tensor_ranks: bool
     energy: float | None
     warnings: tuple[str, ...]
 
@@ -149,6 +151,9 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
     """
     _require_same_model(base, tuned)
     rules = targets.server_rules(tuned.model_type or base.model_type, settings.dialect)
+    _require_rank(settings.rank, rules)
+    per_tensor = settings.factors.energy is not None and rules.per_tensor_ranks
+    grid = () if per_tensor else rules.rank_grid
     pairs, unread = pair_up(base, tuned, settings.selection)
     tied = tied_modules(tuned if tuned.config else base, pairs)
     chosen, left_out = choose(pairs, settings.selection, rules, tied, multimodal=multimodal(base, tuned))
@@ -162,12 +167,13 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
             "profile": None if settings.profile.name in lowrank.PROFILES else asdict(settings.profile),
         }
     )  # fmt: skip
-    written = targets.written_rank(settings.rank, rules.rank_grid)
+    written = targets.written_rank(settings.rank, grid)
     version = digest_of(
         {
             "extraction": extraction_id,
             "rank": settings.rank,
             "dialect": settings.dialect,
+            **({"ranks": "own"} if per_tensor else {}),
             "tied": tied,
             "model_type": rules.model_type,
             "architectures": tuned.config.get("architectures") or base.config.get("architectures"),
@@ -196,7 +202,8 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
         tied=tied if tied and any(pair.module == tied[0] for pair in chosen) else None,
         rank=settings.rank,
         written_rank=written,
-        rank_grid=rules.rank_grid,
+        rank_grid=grid,
+        per_tensor_ranks=per_tensor,
         energy=settings.factors.energy,
         warnings=tuple(_warnings(base, tuned, settings, written, pairs)),
     )
@@ -233,6 +240,14 @@ def _require_same_model(base: Checkpoint, tuned: Checkpoint) -> None:
             f"different architectures: {len(common)} of the fine-tune's {len(tuned.tensors)} tensor names are in the base"
             f" (base has {some(set(base.tensors) - common)}; fine-tune has {some(set(tuned.tensors) - common)})",
             remedy="give the base that this model was fine-tuned from, saved by the same library",
+        )
+
+
+def _require_rank(rank: int, rules: ServerRules) -> None:
+    if rules.max_rank is not None and rank > rules.max_rank:
+        raise RequestError(
+            f"rank {rank} is more than the {rules.max_rank} that servers of --for {rules.dialect} take",
+            remedy=f"ask for at most {rules.max_rank}",
         )
 
 
