@@ -119,6 +119,7 @@ class ServerRules:
         per_tensor_ranks: whether each module may have a rank of its own.
         rslora: whether a scale over the root of the rank is read.
         target_pattern: whether `target_modules` may be a regular expression.
+        stacked_experts: whether the type's experts are taken as one parameter for all of them.
         whole_families: whether what servers fuse or stack must be whole, with zero pairs in the gaps.
     """
 
@@ -134,6 +135,7 @@ class ServerRules:
     per_tensor_ranks: bool
     rslora: bool
     target_pattern: bool
+    stacked_experts: bool
     whole_families: bool
 
     @property
@@ -143,7 +145,7 @@ class ServerRules:
 
     def refusing(self, kind: Kind) -> str:
         """The servers that do not apply a kind, in words."""
-        return " and ".join(name for name, kinds in self.takes.items() if kind not in kinds)
+        return ", ".join(name for name, kinds in self.takes.items() if kind not in kinds)
 
 
 @cache
@@ -164,12 +166,13 @@ def server_rules(model_type: str, dialect: Dialect) -> ServerRules:
         per_tensor_ranks=all(server["per_tensor_ranks"] for server in servers),
         rslora=all(server["rslora"] for server in servers),
         target_pattern=all(server["target_pattern"] for server in servers),
+        stacked_experts=all(model_type in server["stacked_experts"] for server in servers),
         whole_families=any(server["whole_families"] for server in servers),
     )
 
 
 def _taken(server: Mapping[str, Any], model_type: str) -> frozenset[Kind]:
-    if model_type in _servers()["transposed"] and not server["transposed"]:
+    if is_conv1d(model_type) and not server["conv1d"]:
         return frozenset()
     return frozenset([*server["any_type"], *server["types"].get(model_type, ())])
 
@@ -189,12 +192,17 @@ def dialects() -> tuple[Dialect, ...]:
 def model_types() -> tuple[str, ...]:
     """Every model type of which `servers.toml` says anything."""
     named = {name for server in _servers()["servers"].values() for name in server["types"]}
-    return tuple(sorted(named | set(_servers()["transposed"])))
+    return tuple(sorted(named | set(_servers()["types"])))
+
+
+def is_conv1d(model_type: str) -> bool:
+    """Whether a type's layers are transformers' `Conv1D`, whatever they are called."""
+    return bool(_servers()["types"].get(model_type, {}).get("conv1d"))
 
 
 def is_transposed(module: str, model_type: str) -> bool:
     """Whether the checkpoint stores this matrix as (in, out), as transformers' `Conv1D` does."""
-    return module.rpartition(".")[2] in _servers()["transposed"].get(model_type, ())
+    return module.rpartition(".")[2] in _servers()["types"].get(model_type, {}).get("transposed", ())
 
 
 def written_rank(rank: int, grid: Sequence[int]) -> int:
@@ -238,7 +246,8 @@ def server_refusal(kind: Kind, shape: Sequence[int], rules: ServerRules) -> str:
         if rules.dialect == "peft":
             return f"PEFT does not find kind {kind} of model type {rules.model_type!r} by its name in the checkpoint"
         who = f"model type {rules.model_type!r}" if rules.listed else f"the unlisted model type {rules.model_type!r}"
-        return f"{rules.refusing(kind)} would not apply kind {kind} of {who}{_remedy(kind, rules)}"
+        what = "a Conv1D" if is_conv1d(rules.model_type) and kind in {"attention", "mlp"} else f"kind {kind}"
+        return f"{what} of {who} is not known to be applied by {rules.refusing(kind)}{_remedy(kind, rules)}"
     if kind in {"embedding", "lm_head"} and rules.max_rows is not None and shape[0] > rules.max_rows:
         return f"servers take at most {rules.max_rows} rows, this has {shape[0]}; --for peft adapts it"
     return ""

@@ -81,7 +81,8 @@ def test_only_vllms_kernels_ask_for_a_rank_of_their_grid(dialect: Dialect, writt
 def test_of_a_type_that_no_server_serves_nothing_is_planned(dialect: Dialect) -> None:
     shapes, config = {"transformer.h.0.attn.c_attn.weight": (8, 24)}, {"model_type": "gpt2"}
     with pytest.raises(
-        RequestError, match=r"would not apply kind attention of model type 'gpt2'; --for peft adapts it"
+        RequestError,
+        match=r"a Conv1D of model type 'gpt2' is not known to be applied by .*; --for peft adapts it",
     ):
         planned(shapes, replace(SETTINGS, dialect=dialect), config=config)
 
@@ -92,7 +93,7 @@ def test_a_reason_names_the_servers_that_differ() -> None:
         for dialect in targets.dialects()
     }
     assert left_out["portable"] == left_out["nim"] == left_out["vllm"]
-    assert left_out["vllm"].startswith("vLLM would not apply kind lm_head of model type 'qwen2'")
+    assert left_out["vllm"].startswith("kind lm_head of model type 'qwen2' is not known to be applied by vLLM;")
     assert {left_out[dialect] for dialect in ("peft", "sglang", "gguf")} == {""}
 
 
