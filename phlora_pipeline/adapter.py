@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from phlora_pipeline.plan import Plan, TensorPair
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
+KOHYA_PREFIX = "lora_unet_"
 DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16), "float16": ("F16", torch.float16)}
 
 Side = Literal["A", "B"]
@@ -37,13 +38,15 @@ class Slot:
         tensor: the weight whose factor fills it, or None for zeros.
         side: which factor.
         transposed: whether the factor is turned: for weights that are stored as (in, out), and for embeddings.
+        alpha: the number that it holds, where it is no factor: kohya's files have each pair's alpha in them.
     """
 
     key: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     tensor: str | None
     side: Side
     transposed: bool
+    alpha: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +78,8 @@ def make_layout(plan: Plan, changed: frozenset[str], own_ranks: Mapping[str, int
     """
     own = [pair for pair in plan.adapted if pair.name in changed]
     adapted = frozenset(pair.module for pair in own)
-    whole = targets.server_rules(plan.model_type, plan.dialect).whole_families
-    zero = targets.families(plan.matrices, adapted) if whole else frozenset()
+    rules = targets.server_rules(plan.model_type, plan.dialect)
+    zero = targets.families(plan.matrices, adapted) if rules.whole_families else frozenset()
     ranks = {pair.module: _slot_rank(plan, pair, (own_ranks or {}).get(pair.name, plan.rank)) for pair in own}
     ranks |= {module: _slot_rank(plan, plan.matrices[module], 1) for module in zero}
     slots = [slot for pair in own for slot in _pair_slots(plan, pair, ranks[pair.module], pair.name)]
@@ -87,6 +90,8 @@ def make_layout(plan: Plan, changed: frozenset[str], own_ranks: Mapping[str, int
         pair = plan.matrices[source]
         slots += _slots(output, pair, ranks[source], pair.name, embedding=False, transposed=False)
         adapted |= {output}
+    if rules.unets_only:
+        slots = [renamed for slot in slots for renamed in _kohya_slots(slot)]
     turned = any(targets.is_transposed(module, plan.model_type) for module in adapted)
     return Layout(
         tuple(sorted(slots, key=lambda slot: slot.key)),
@@ -122,6 +127,30 @@ def _slots(
     ]
 
 
+def kohya_name(module: str) -> str:
+    """A module's name in kohya's files.
+
+    >>> kohya_name("down_blocks.0.attentions.1.proj_in")
+    'lora_unet_down_blocks_0_attentions_1_proj_in'
+    """
+    return KOHYA_PREFIX + module.replace(".", "_")
+
+
+def _kohya_slots(slot: Slot) -> list[Slot]:
+    """The slot by its other name; beside A the alpha, which is the rank, so that the scale is 1."""
+    module, _, side = slot.key.removeprefix(PREFIX).rpartition(".lora_")
+    name = kohya_name(module)
+    if side == "B.weight":
+        return [replace(slot, key=f"{name}.lora_up.weight")]
+    alpha = Slot(f"{name}.alpha", (), None, "A", transposed=False, alpha=slot.shape[0])
+    return [replace(slot, key=f"{name}.lora_down.weight"), alpha]
+
+
+def stored_dtype(slot: Slot, dtype: str) -> tuple[str, torch.dtype]:
+    """How safetensors and torch call what the slot is stored as; not every rank is a number of 16 bits."""
+    return DTYPES["float32" if slot.alpha is not None else dtype]
+
+
 def fill(slot: Slot, factor: Tensor | None, rank: int, dtype: torch.dtype) -> Tensor:
     """The slot's tensor: the factor cut to `rank`, rounded once, turned if need be, padded with zeros.
 
@@ -134,6 +163,8 @@ def fill(slot: Slot, factor: Tensor | None, rank: int, dtype: torch.dtype) -> Te
     Returns:
         Contiguous, of the slot's shape.
     """
+    if slot.alpha is not None:
+        return torch.tensor(slot.alpha, dtype=dtype)
     filled = torch.zeros(slot.shape, dtype=dtype)
     if factor is not None:
         kept = round_factor(cut(factor, slot.side, rank), dtype)
@@ -175,6 +206,9 @@ def adapter_config(plan: Plan, layout: Layout, base_name: str, architectures: Se
         base_name: hub id or served name of the base; empty where it is not known.
         architectures: of the fine-tune's `config.json`.
     """
+    if targets.server_rules(plan.model_type, plan.dialect).unets_only:
+        # No peft_type: PEFT would find none of the keys, and say nothing.
+        return {"format": "kohya", "base_model_name_or_path": base_name or None, "r": plan.written_rank}
     causal = any("ForCausalLM" in name or "LMHead" in name for name in architectures)
     # PEFT and vLLM read a key as a regular expression for the end of a module's name; from `^` on it is the whole of it.
     pattern = {f"^{re.escape(module)}": rank for module, rank in layout.ranks.items()}

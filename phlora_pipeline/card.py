@@ -24,7 +24,7 @@ def model_card(plan: Plan, rows: Sequence[EnergyRow], *, base_name: str, dtype: 
     """
     summary = summarize(rows)
     front = {
-        "library_name": "peft",
+        "library_name": "diffusers" if targets.server_rules(plan.model_type, plan.dialect).unets_only else "peft",
         "tags": ["lora", "phlora", "post-hoc"],
         **({"base_model": base_name, "base_model_relation": "adapter"} if base_name else {}),
     }
@@ -71,10 +71,13 @@ def _loading(plan: Plan) -> list[str]:
         ],
         "vLLM": [f"vLLM: `vllm serve BASE --enable-lora --max-lora-rank {limit} --lora-modules NAME=THIS_FOLDER`."],
         "SGLang": ["SGLang: `python -m sglang.launch_server --model-path BASE --lora-paths NAME=THIS_FOLDER`."],
+        "diffusion UIs": [
+            "Diffusion UIs: copy `adapter_model.safetensors` under a name of its own into the folder of LoRAs; its keys are kohya's (`lora_unet_…`), with each pair's alpha beside it."
+        ],
         "llama.cpp": ["llama.cpp: `convert_lora_to_gguf.py --base BASE THIS_FOLDER`."],
     }
     lines = [line for server in rules.takes for line in told[server]]
-    if plan.per_tensor_ranks:
+    if plan.per_tensor_ranks and not rules.unets_only:
         lines += [
             "",
             "Each module has a rank of its own (`rank_pattern`): of the servers, only vLLM from 0.32 on reads that.",

@@ -45,7 +45,7 @@ class RunConfig(BaseModel):
     targets: Literal["all", "linear", "paper"] = "all"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    dialect: Literal["portable", "peft", "vllm", "sglang", "nim", "gguf"] = "portable"
+    dialect: Literal["portable", "peft", "vllm", "sglang", "nim", "gguf", "kohya"] = "portable"
     dtype: Dtype = "auto"
     solver: Literal["auto", "krylov", "gram", "exact"] = "auto"
     tolerance: float = Field(

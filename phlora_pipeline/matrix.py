@@ -26,7 +26,7 @@ _LAYER = "model.layers.0"
 _PLAIN = {f"{_LAYER}.self_attn.{leaf}_proj.weight": (8, 8) for leaf in "qkvo"}
 # What a reason says of one model or server; the table says it by its columns.
 _PARTICULAR = re.compile(
-    r"^nothing to adapt: .*?\(\d+ × | of (the unlisted )?model type '[^']*'|(?<=applied) by .*|;.*"
+    r"^nothing to adapt: .*?\(\d+ × | of (the unlisted )?model type '[^']*'|(?<=applied) by .*|, this is .*|;.*"
 )
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -161,7 +161,7 @@ def _any(names: tuple[str, ...] | list[str]) -> str:
 def cell(number: int, dialect: Dialect) -> Cell:
     """The cell of a row, by its number in `ROWS`, and a dialect."""
     row = ROWS[number]
-    outcomes = {model_type: outcome(row, dialect, model_type) for model_type in _types(row)}
+    outcomes = {model_type: outcome(row, dialect, model_type) for model_type in _types(row, dialect)}
     carried = tuple(model_type for model_type, reason in outcomes.items() if not reason)
     limit = targets.server_rules(UNLISTED, dialect).max_rows if carried else None
     if limit is not None:
@@ -172,7 +172,10 @@ def cell(number: int, dialect: Dialect) -> Cell:
     return Cell(carried, {name: reason for name, reason in outcomes.items() if reason}, limit)
 
 
-def _types(row: Row) -> Iterator[str]:
+def _types(row: Row, dialect: Dialect) -> Iterator[str]:
+    if not row.conv1d and targets.server_rules("", dialect).unets_only:
+        yield ""  # diffusers' models have no model type
+        return
     for model_type in targets.model_types():
         if targets.is_conv1d(model_type) == row.conv1d:
             yield model_type

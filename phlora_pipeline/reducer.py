@@ -67,8 +67,10 @@ class Reduction:
     @property
     def weight_bytes(self) -> int:
         """Size of the adapter's tensors."""
-        name = adapter.DTYPES[self.dtype][0]
-        return sum(safetensors_format.tensor_bytes(name, slot.shape) for slot in self.layout.slots)
+        return sum(
+            safetensors_format.tensor_bytes(adapter.stored_dtype(slot, self.dtype)[0], slot.shape)
+            for slot in self.layout.slots
+        )
 
 
 def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint, tuned: Checkpoint) -> Reduction:
@@ -219,13 +221,17 @@ def drop_parts(plan: Plan) -> None:
 
 def weights(reduction: Reduction) -> tuple[bytes, parts.Body]:
     """`adapter_model.safetensors`: its first bytes, and a producer of the rest that holds one tensor at a time."""
-    name, dtype = adapter.DTYPES[reduction.dtype]
-    slots = reduction.layout.slots
-    header = safetensors_format.build_header({slot.key: (name, slot.shape) for slot in slots}, {"format": "pt"})
+    stored = {slot.key: adapter.stored_dtype(slot, reduction.dtype) for slot in reduction.layout.slots}
+    # As the reference library has them: the widest dtype first.
+    slots = sorted(reduction.layout.slots, key=lambda slot: -stored[slot.key][1].itemsize)
+    header = safetensors_format.build_header(
+        {slot.key: (stored[slot.key][0], slot.shape) for slot in slots}, {"format": "pt"}
+    )
 
     def tensors() -> Iterator[bytes]:
         for slot in slots:
-            yield from parts.tensor_chunks(adapter.fill(slot, _factor(slot, reduction), reduction.plan.rank, dtype))
+            filled = adapter.fill(slot, _factor(slot, reduction), reduction.plan.rank, stored[slot.key][1])
+            yield from parts.tensor_chunks(filled)
 
     return header, tensors
 

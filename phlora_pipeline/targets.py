@@ -19,7 +19,7 @@ Kind = Literal[
     "attention", "mlp", "expert", "router", "embedding", "lm_head", "linear", "conv", "norm", "bias", "other"
 ]
 Targets = Literal["all", "linear", "paper"]
-Dialect = Literal["portable", "peft", "vllm", "sglang", "nim", "gguf"]
+Dialect = Literal["portable", "peft", "vllm", "sglang", "nim", "gguf", "kohya"]
 
 EXCLUDED = "excluded by --exclude"
 
@@ -119,6 +119,7 @@ class ServerRules:
         per_tensor_ranks: whether each module may have a rank of its own.
         rslora: whether a scale over the root of the rank is read.
         target_pattern: whether `target_modules` may be a regular expression.
+        unets_only: whether it is for UNets of diffusion models alone, whose adapters have kohya's keys.
         stacked_experts: whether the type's experts are taken as one parameter for all of them.
         whole_families: whether what servers fuse or stack must be whole, with zero pairs in the gaps.
     """
@@ -135,6 +136,7 @@ class ServerRules:
     per_tensor_ranks: bool
     rslora: bool
     target_pattern: bool
+    unets_only: bool
     stacked_experts: bool
     whole_families: bool
 
@@ -166,6 +168,7 @@ def server_rules(model_type: str, dialect: Dialect) -> ServerRules:
         per_tensor_ranks=all(server["per_tensor_ranks"] for server in servers),
         rslora=all(server["rslora"] for server in servers),
         target_pattern=all(server["target_pattern"] for server in servers),
+        unets_only=any(server["unets_only"] for server in servers),
         stacked_experts=all(model_type in server["stacked_experts"] for server in servers),
         whole_families=any(server["whole_families"] for server in servers),
     )

@@ -67,6 +67,7 @@ class _Pair:
     down: TensorRef
     up: TensorRef
     embedding: bool
+    alpha: TensorRef | None = None
 
 
 def verify(
@@ -96,15 +97,17 @@ def verify(
     config = _config(folder)
     ranks = _ranks(config, folder)
     tensors, _ = open_file(storage.join(folder, adapter.WEIGHTS))
-    pairs, problems = _pairs(tensors, ranks)
+    kohya = config.get("format") == "kohya"
+    pairs, problems = _kohya_pairs(tensors, base) if kohya else _pairs(tensors, ranks)
     promised, run = _promises(folder), _run(folder)
     problems += _digest_problems(folder, run)
-    problems += _key_problems(pairs, config, base, promised)
+    problems += [] if kohya else _key_problems(pairs, config, base)
+    problems += _broken_promises(pairs, promised)
     rules = targets.server_rules(tuned.model_type or base.model_type, dialect or _dialect(run))
     shapes = {name: ref.shape for name, ref in base.tensors.items()}
     problems += loaders.objections(rules, config, frozenset(pairs), shapes)
     measured = [
-        _check(module, pair, base, tuned, promised, ranks.scale(module), tolerance, where)
+        _check(module, pair, base, tuned, promised, _scale(module, pair, ranks), tolerance, where)
         for module, pair in sorted(pairs.items())
     ]
     kept, total = math.fsum(kept for _, kept, _ in measured), math.fsum(total for _, _, total in measured)
@@ -122,7 +125,7 @@ def _config(folder: str) -> dict[str, Any]:
         config = json.loads(storage.read_object(info, limit=_SMALL))
     except ValueError as error:
         raise RequestError(f"{info.url} is not JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    if not isinstance(config, dict) or (config.get("peft_type") != "LORA" and config.get("format") != "kohya"):
         raise RequestError(f"{info.url} is not the config of a LoRA adapter")
     return config
 
@@ -134,6 +137,8 @@ def _ranks(config: Mapping[str, Any], folder: str) -> loaders.Ranks:
                 f"{folder} uses {name}, which verify does not measure",
                 remedy="verify adapters as phlora extract writes them",
             )
+    if config.get("format") == "kohya":
+        return loaders.Ranks(1, 1, {}, {}, rslora=False)  # in the file itself
     try:
         return loaders.Ranks.of(config)
     except (TypeError, ValueError) as error:
@@ -163,6 +168,34 @@ def _pairs(tensors: Mapping[str, TensorRef], ranks: loaders.Ranks) -> tuple[dict
     return pairs, problems
 
 
+def _kohya_pairs(tensors: Mapping[str, TensorRef], base: Checkpoint) -> tuple[dict[str, _Pair], list[str]]:
+    """By the names that diffusion UIs make of the base's modules."""
+    modules = {adapter.kohya_name(targets.module_of(name)): targets.module_of(name) for name in base.tensors}
+    found: dict[str, dict[str, TensorRef]] = {}
+    for key, ref in tensors.items():
+        name, _, part = key.partition(".")
+        found.setdefault(name, {})[part] = ref
+    pairs, problems = {}, []
+    for name, parts in found.items():
+        if name not in modules:
+            problems.append(f"{name} is no module of the base: UIs would drop it")
+        elif set(parts) != {"lora_down.weight", "lora_up.weight", "alpha"}:
+            problems.append(f"{name} has {', '.join(sorted(parts))}, and not a pair with its alpha")
+        elif parts["lora_down.weight"].shape[:1] != parts["lora_up.weight"].shape[1:2]:
+            problems.append(f"{name} has factors of two ranks")
+        else:
+            pairs[modules[name]] = _Pair(
+                parts["lora_down.weight"], parts["lora_up.weight"], embedding=False, alpha=parts["alpha"]
+            )
+    return pairs, problems
+
+
+def _scale(module: str, pair: _Pair, ranks: loaders.Ranks) -> float:
+    if pair.alpha is None:
+        return ranks.scale(module)
+    return float(read_tensors([pair.alpha])[0]) / pair.down.shape[0]
+
+
 def _promises(folder: str) -> dict[str, EnergyRow]:
     url = storage.join(folder, reducer.MANIFEST)
     return {row.module: row for row in manifest.read(url)} if storage.stat(url) else {}
@@ -186,9 +219,7 @@ def _digest_problems(folder: str, run: Mapping[str, Any]) -> Iterator[str]:
         yield f"{adapter.WEIGHTS} is not the file that {reducer.RUN} tells of"
 
 
-def _key_problems(
-    pairs: Mapping[str, _Pair], config: Mapping[str, Any], base: Checkpoint, promised: Mapping[str, EnergyRow]
-) -> Iterator[str]:
+def _key_problems(pairs: Mapping[str, _Pair], config: Mapping[str, Any], base: Checkpoint) -> Iterator[str]:
     modules = {targets.module_of(name) for name in base.tensors}
     wanted = config.get("target_modules") or []
     for module in sorted(pairs):
@@ -199,6 +230,9 @@ def _key_problems(
     for module in sorted(modules - set(pairs)):
         if _matched(module, wanted):
             yield f"target_modules names {module}, which has no pair in the file"
+
+
+def _broken_promises(pairs: Mapping[str, _Pair], promised: Mapping[str, EnergyRow]) -> Iterator[str]:
     for module, row in sorted(promised.items()):
         if row.status in {"adapted", "zero_filled"} and module not in pairs:
             yield f"the manifest says {module} is {row.status}, but the file has no pair for it"

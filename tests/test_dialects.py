@@ -23,6 +23,7 @@ from phlora_pipeline.verify import verify
 from tests import runs, toys
 from tests.test_plan import SETTINGS, llama, of_rank, planned
 
+LANGUAGE = tuple(dialect for dialect in targets.dialects() if dialect != "kohya")
 EVERY_TYPE = (*targets.model_types(), "unlisted", "")
 Written = tuple[dict[str, object], dict[str, Tensor]]
 QWEN2 = {**toys.LLAMA, "model_type": "qwen2"}
@@ -54,13 +55,13 @@ def test_every_choice_of_the_flag_has_rules() -> None:
 
 
 def test_peft_alone_carries_tensors_whole_and_both_ends_of_a_tie() -> None:
-    rules = {dialect: targets.server_rules("llama", dialect) for dialect in targets.dialects()}
+    rules = {dialect: targets.server_rules("llama", dialect) for dialect in LANGUAGE}
     assert {dialect for dialect, found in rules.items() if found.tied_embeddings} == {"peft"}
     assert {dialect for dialect, found in rules.items() if "norm" in found.carries} == {"peft"}
     assert {dialect for dialect, found in rules.items() if found.per_tensor_ranks} == {"peft", "vllm"}
 
 
-@pytest.mark.parametrize("dialect", targets.dialects())
+@pytest.mark.parametrize("dialect", LANGUAGE)
 def test_a_rank_above_a_servers_largest_is_refused_in_the_plan(dialect: Dialect) -> None:
     asked = replace(of_rank(600), dialect=dialect)
     if targets.server_rules("llama", dialect).max_rank is None:
@@ -90,7 +91,7 @@ def test_of_a_type_that_no_server_serves_nothing_is_planned(dialect: Dialect) ->
 def test_a_reason_names_the_servers_that_differ() -> None:
     left_out = {
         dialect: planned(llama(), replace(SETTINGS, dialect=dialect), config=QWEN2).left_out.get("lm_head.weight", "")
-        for dialect in targets.dialects()
+        for dialect in LANGUAGE
     }
     assert left_out["portable"] == left_out["nim"] == left_out["vllm"]
     assert left_out["vllm"].startswith("kind lm_head of model type 'qwen2' is not known to be applied by vLLM;")
@@ -113,7 +114,7 @@ def saved(folder: Path, config: Mapping[str, object]) -> tuple[Path, Path]:
     return toys.save(folder / "base", base, config), toys.save(folder / "tuned", tuned, config)
 
 
-@pytest.mark.parametrize("dialect", targets.dialects())
+@pytest.mark.parametrize("dialect", LANGUAGE)
 def test_what_is_dropped_is_named_with_its_energy(dialect: Dialect, qwen: tuple[Path, Path], tmp_path: Path) -> None:
     """In the manifest and the card; what stays and what goes adds up to all that changed."""
     result = runs.extract(*qwen, tmp_path, dialect=dialect)
@@ -132,7 +133,7 @@ def test_what_is_dropped_is_named_with_its_energy(dialect: Dialect, qwen: tuple[
     assert found.passed, found
 
 
-@pytest.mark.parametrize("dialect", targets.dialects())
+@pytest.mark.parametrize("dialect", LANGUAGE)
 def test_the_card_tells_how_to_load_it_where_it_loads(
     dialect: Dialect, qwen: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -260,7 +261,7 @@ class TestObjections:
         rules = targets.server_rules(model_type, dialect)
         return "\n".join(loaders.objections(rules, {**self.GOOD, **changes}, modules, self.BASE))
 
-    @pytest.mark.parametrize("dialect", targets.dialects())
+    @pytest.mark.parametrize("dialect", LANGUAGE)
     def test_a_plain_adapter_has_none(self, dialect: Dialect) -> None:
         assert self.said(dialect) == ""
 
@@ -277,7 +278,7 @@ class TestObjections:
         ],
     )
     def test_a_config_is_taken_by_those_who_read_it(self, changes: dict[str, object], accepted: set[str]) -> None:
-        assert {dialect for dialect in targets.dialects() if not self.said(dialect, **changes)} == accepted
+        assert {dialect for dialect in LANGUAGE if not self.said(dialect, **changes)} == accepted
 
     def test_a_gap_in_a_family_matters_to_servers(self) -> None:
         gap = self.QKV - {"model.layers.1.self_attn.v_proj"}
@@ -286,12 +287,12 @@ class TestObjections:
 
     def test_a_kind_that_a_server_would_not_apply(self) -> None:
         head = self.QKV | {"lm_head"}
-        accepted = {dialect for dialect in targets.dialects() if not self.said(dialect, "qwen2", head)}
+        accepted = {dialect for dialect in LANGUAGE if not self.said(dialect, "qwen2", head)}
         assert accepted == {"peft", "sglang", "gguf"}
 
     def test_half_of_a_tied_delta(self) -> None:
         base = {name: shape for name, shape in self.BASE.items() if name != "lm_head.weight"}
-        for dialect in targets.dialects():
+        for dialect in LANGUAGE:
             rules = targets.server_rules("llama", dialect)
             said = list(loaders.objections(rules, self.GOOD, self.QKV | {"lm_head"}, base))
             assert bool(said) == (dialect != "peft")

@@ -32,6 +32,7 @@ class Dialect(StrEnum):
     SGLANG = "sglang"
     NIM = "nim"
     GGUF = "gguf"
+    KOHYA = "kohya"
 
 
 class Dtype(StrEnum):
@@ -111,7 +112,7 @@ For = Annotated[
     typer.Option(
         "--for",
         rich_help_panel=SELECT,
-        help="portable: what PEFT, vLLM, SGLang, NIM and llama.cpp all apply; or one of them, with all that it takes (gguf: llama.cpp).",
+        help="portable: what PEFT, vLLM, SGLang, NIM and llama.cpp all apply; or one of them, with all that it takes (gguf: llama.cpp; kohya: diffusion UIs).",
     ),
 ]
 BaseName = Annotated[

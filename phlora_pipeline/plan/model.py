@@ -151,7 +151,7 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
     """
     _require_same_model(base, tuned)
     rules = targets.server_rules(tuned.model_type or base.model_type, settings.dialect)
-    _require_rank(settings.rank, rules)
+    _require_served(settings.rank, rules)
     per_tensor = settings.factors.energy is not None and rules.per_tensor_ranks
     grid = () if per_tensor else rules.rank_grid
     pairs, unread = pair_up(base, tuned, settings.selection)
@@ -159,6 +159,8 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
     chosen, left_out = choose(pairs, settings.selection, rules, tied, multimodal=multimodal(base, tuned))
     if not chosen:
         raise _nothing_matches(left_out, unread)
+    if rules.unets_only:
+        _require_names_apart(chosen)
     extraction_id = digest_of(
         {
             "base": base.fingerprint, "tuned": tuned.fingerprint, "factor": sorted(pair.name for pair in chosen),
@@ -243,12 +245,29 @@ def _require_same_model(base: Checkpoint, tuned: Checkpoint) -> None:
         )
 
 
-def _require_rank(rank: int, rules: ServerRules) -> None:
+def _require_served(rank: int, rules: ServerRules) -> None:
+    if rules.unets_only and rules.model_type:
+        raise RequestError(
+            f"--for {rules.dialect} is for the UNets of diffusion models, this is a transformers model of type {rules.model_type!r}",
+            remedy="use --for portable, or --for peft",
+        )
     if rules.max_rank is not None and rank > rules.max_rank:
         raise RequestError(
             f"rank {rank} is more than the {rules.max_rank} that servers of --for {rules.dialect} take",
             remedy=f"ask for at most {rules.max_rank}",
         )
+
+
+def _require_names_apart(chosen: Sequence[TensorPair]) -> None:
+    """Two modules may differ by a dot where kohya's names have the same underscore."""
+    names: dict[str, str] = {}
+    for pair in chosen:
+        other = names.setdefault(pair.module.replace(".", "_"), pair.module)
+        if other != pair.module:
+            raise RequestError(
+                f"{other} and {pair.module} are both {pair.module.replace('.', '_')} in kohya's names",
+                remedy="leave one of them out: --exclude 'GLOB'",
+            )
 
 
 def _nothing_matches(left_out: Mapping[str, str], unread: Mapping[str, str]) -> RequestError:

@@ -243,7 +243,7 @@ _REST = """
 extract:
   rank: 32              # or energy: 0.9, which takes as many as each tensor needs
   targets: all          # all | linear | paper
-  for: portable         # portable: what PEFT, vLLM, SGLang, NIM and llama.cpp all load; or one of them: peft, vllm, sglang, nim, gguf
+  for: portable         # portable: what PEFT, vLLM, SGLang, NIM and llama.cpp all load; or one of them: peft, vllm, sglang, nim, gguf, kohya
   dtype: auto
   solver: auto
   # preset: paper       # in place of rank, targets and solver, which win over it: 32, paper, exact

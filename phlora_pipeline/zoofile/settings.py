@@ -95,7 +95,7 @@ class ExtractSettings(Strict):
     )
     include: tuple[str, ...] = Field(default=(), description="globs of tensor names: only these")
     exclude: tuple[str, ...] = Field(default=(), description="globs of tensor names: not these")
-    dialect: Literal["portable", "peft", "vllm", "sglang", "nim", "gguf"] = Field(
+    dialect: Literal["portable", "peft", "vllm", "sglang", "nim", "gguf", "kohya"] = Field(
         default="portable",
         alias="for",
         description="portable: what every supported server loads; or one of them, with all that it takes",
