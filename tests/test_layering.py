@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "phlora_pipeline"
 LAYERS = [
     {"errors", "lowrank", "safetensors_format", "storage", "checkpoint", "config", "zoofile", "machine"},
     {"reading", "targets", "loaders", "plan", "dispatch", "parts", "adapter", "manifest", "summary", "card", "matrix"},
-    {"extract", "engine", "pool", "driver", "reducer", "runlog", "verify", "convert", "calibrate"},
+    {"extract", "engine", "pool", "driver", "reducer", "runlog", "verify", "logits", "convert", "calibrate"},
     {"pipeline", "zoo", "submit"},
     {"cli", "console", "render", "__main__"},
 ]
