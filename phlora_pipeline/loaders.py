@@ -93,6 +93,8 @@ def objections(
 
 def _of_config(rules: ServerRules, config: Mapping[str, Any]) -> Iterator[str]:
     who = f"loaders of --for {rules.dialect}"
+    if rules.unets_only != (config.get("format") == "kohya"):
+        yield f"its keys are {'PEFT' if rules.unets_only else 'kohya'}'s, which {who} do not know"
     for name in ("rank_pattern", "alpha_pattern"):
         if config.get(name) and not rules.per_tensor_ranks:
             yield f"{name} is not read by all {who}: they would take one rank and one scale for every module"

@@ -75,6 +75,17 @@ def test_each_pair_is_pefts_under_another_name(
     assert {checked.module for checked in found.modules} == set(LINEAR)
 
 
+def test_who_reads_other_keys_is_told_by_verify(unet: tuple[Path, Path], tmp_path: Path) -> None:
+    for dialect, other in (("kohya", "peft"), ("peft", "kohya")):
+        runs.extract(*unet, tmp_path / dialect, dialect=dialect)
+        urls = (str(unet[0]), str(unet[1]), str(tmp_path / dialect))
+        assert verify(*urls).passed
+        assert any(
+            f"its keys are {'kohya' if dialect == 'kohya' else 'PEFT'}'s" in said
+            for said in verify(*urls, dialect=other).problems
+        )
+
+
 def test_peft_does_not_take_it_for_its_own(unet: tuple[Path, Path], tmp_path: Path) -> None:
     """It would find none of the keys, and serve the base without a word."""
     runs.extract(*unet, tmp_path, dialect="kohya")
