@@ -1,7 +1,9 @@
 """Write side: which keys an adapter file has, what shape each is, and which factor fills it. Layouts, not bytes.
 
-What is portable follows one rule (`servers.toml` and the loaders' sources say why): one rank for all modules, reached by zero-padding; `lora_alpha == r`, so that every loader's scale is 1; no rank or alpha patterns, no
-rsLoRA, no `modules_to_save`, no bias; plain 2-D keys; explicit zero pairs where a family would otherwise have a gap.
+What is portable follows one rule (`servers.toml` and the loaders' sources say why): one rank for all modules, reached by
+zero-padding; `lora_alpha == r`, so that every loader's scale is 1; no rsLoRA, no `modules_to_save`, no bias; plain 2-D keys;
+explicit zero pairs where a family would otherwise have a gap. With `--energy`, the dialects whose servers read patterns get
+each module at its own rank and the same alpha, so that the scale is 1 there, too.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from torch import Tensor
 
 from phlora_pipeline import carry, experts, safetensors_format, targets
 from phlora_pipeline.carry import Place
-from phlora_pipeline.checkpoint import TensorRef, read_tensors
+from phlora_pipeline.checkpoint import TORCH_DTYPES, TensorRef, read_tensors
 from phlora_pipeline.plan import Plan, TensorPair
 from phlora_pipeline.targets import Kind
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
+KOHYA_PREFIX = "lora_unet_"
 DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16), "float16": ("F16", torch.float16)}
 
 _STACKED: frozenset[Kind] = frozenset({"expert", "router"})
@@ -43,6 +46,7 @@ class Slot:
         side: which factor.
         transposed: whether the factor is turned: for weights that are stored as (in, out), and for embeddings.
         stack: instead of `tensor`, the weights of all experts in order, where one tensor of the file holds the factors of all.
+        alpha: the number that it holds, where it is no factor: kohya's files have each pair's alpha in them.
     """
 
     key: str
@@ -51,6 +55,7 @@ class Slot:
     side: Side
     transposed: bool
     stack: tuple[str | None, ...] = ()
+    alpha: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,7 @@ class Layout:
         modules: the modules that have a pair.
         zero_filled: those of them whose pair is zero.
         fan_in_fan_out: whether any pair is for a weight stored as (in, out).
+        ranks: module → its rank, where that is not the adapter's.
         parameters: of the modules, those that loaders know by a parameter's name → that name.
         kept: what is no factor, by key.
         whole: modules that are kept whole.
@@ -91,6 +97,7 @@ class Layout:
     modules: frozenset[str]
     zero_filled: frozenset[str]
     fan_in_fan_out: bool
+    ranks: Mapping[str, int]
     parameters: Mapping[str, str]
     kept: tuple[Kept, ...] = ()
     whole: tuple[str, ...] = ()
@@ -104,7 +111,7 @@ class Layout:
         """As the reference library sorts: wider dtypes first, which keeps all of them aligned, then by key."""
 
         def order(item: Slot | Kept) -> tuple[int, str]:
-            return -safetensors_format.DTYPE_BITS[item.dtype if isinstance(item, Kept) else dtype], item.key
+            return -safetensors_format.DTYPE_BITS[stored_dtype(item, dtype)[0]], item.key
 
         return sorted((*self.slots, *self.kept), key=order)
 
@@ -112,6 +119,7 @@ class Layout:
 def make_layout(
     plan: Plan,
     factored: frozenset[str],
+    own_ranks: Mapping[str, int] | None = None,
     changed: frozenset[str] = frozenset(),
     base: Mapping[str, TensorRef] | None = None,
     tuned: Mapping[str, TensorRef] | None = None,
@@ -121,12 +129,14 @@ def make_layout(
     Args:
         plan: what was meant to be adapted.
         factored: names of the tensors that have factors.
+        own_ranks: the rank of these factors, where the plan has each written at its own.
         changed: names of all tensors that differ from the base's.
         base, tuned: the checkpoints' tensors, for what is kept whole.
     """
     own = [pair for pair in plan.adapted if pair.name in factored]
     adapted = frozenset(pair.module for pair in own)
-    filled = adapted if plan.dialect == "portable" else {pair.module for pair in own if pair.kind in _STACKED}
+    rules = targets.server_rules(plan.model_type, plan.dialect)
+    filled = adapted if rules.whole_families else {pair.module for pair in own if pair.kind in _STACKED}
     zero = targets.families(plan.matrices, frozenset(filled))
     moved = {place.module for name, place in plan.carried.items() if place.how == "bias" and name in changed}
     zero |= moved - adapted  # a bias needs a pair that it can be the bias of
@@ -136,20 +146,26 @@ def make_layout(
     stacks = _stacks(plan, adapted | zero)
     stacked = {pair.module for pairs in stacks.values() for pair in pairs}
     bare = stacked | _routers(plan, adapted | zero)
-    slots = [slot for pair in own if pair.module not in stacked for slot in _pair_slots(plan, pair, pair.name)]
+    ranks = {pair.module: _slot_rank(plan, pair, (own_ranks or {}).get(pair.name, plan.rank)) for pair in own}
+    ranks |= {module: _slot_rank(plan, plan.matrices[module], 1) for module in zero}
+    slots = [
+        slot
+        for pair in own
+        if pair.module not in stacked
+        for slot in _pair_slots(plan, pair, ranks[pair.module], pair.name)
+    ]
     slots += [slot for name, pairs in stacks.items() for slot in _stack_slots(plan, name, pairs, factored)]
-    slots += [slot for module in zero - stacked for slot in _pair_slots(plan, plan.matrices[module], None)]
+    slots += [
+        slot for module in zero - stacked for slot in _pair_slots(plan, plan.matrices[module], ranks[module], None)
+    ]
     if plan.tied and plan.tied[0] in adapted:
         source, output = plan.tied
-        slots += _slots(
-            output,
-            plan.matrices[source],
-            plan.written_rank,
-            plan.matrices[source].name,
-            embedding=False,
-            transposed=False,
-        )
+        ranks[output] = ranks[source]
+        pair = plan.matrices[source]
+        slots += _slots(output, pair, ranks[source], pair.name, embedding=False, transposed=False)
         adapted |= {output}
+    if rules.unets_only:
+        slots = [renamed for slot in slots for renamed in _kohya_slots(slot)]
     parameters = {module: experts.parameter_of(module) for module in sorted(bare)}
     turned = any(targets.is_transposed(module, plan.model_type) for module in adapted - bare)
     kept = [*_whole(plan, whole, tuned or {})]
@@ -162,6 +178,7 @@ def make_layout(
         adapted | zero,
         zero,
         turned,
+        {module: rank for module, rank in sorted(ranks.items()) if rank != plan.written_rank},
         parameters,
         tuple(sorted(kept, key=lambda item: item.key)),
         whole,
@@ -214,10 +231,15 @@ def _stack_slots(plan: Plan, parameter: str, pairs: Sequence[TensorPair], change
     return [replace(slot, stack=stack) for slot in both]
 
 
-def _pair_slots(plan: Plan, pair: TensorPair, tensor: str | None) -> list[Slot]:
+def _slot_rank(plan: Plan, pair: TensorPair, own: int) -> int:
+    """Experts and routers keep the adapter's rank: PEFT stacks the ones and renames the others, and no pattern follows."""
+    return own if plan.per_tensor_ranks and pair.kind not in {"expert", "router"} else plan.written_rank
+
+
+def _pair_slots(plan: Plan, pair: TensorPair, rank: int, tensor: str | None) -> list[Slot]:
     embedding = pair.kind == "embedding"
     transposed = embedding or targets.is_transposed(pair.module, plan.model_type)
-    return _slots(pair.module, pair, plan.written_rank, tensor, embedding=embedding, transposed=transposed)
+    return _slots(pair.module, pair, rank, tensor, embedding=embedding, transposed=transposed)
 
 
 def _slots(
@@ -236,6 +258,32 @@ def _slots(
     ]
 
 
+def kohya_name(module: str) -> str:
+    """A module's name in kohya's files.
+
+    >>> kohya_name("down_blocks.0.attentions.1.proj_in")
+    'lora_unet_down_blocks_0_attentions_1_proj_in'
+    """
+    return KOHYA_PREFIX + module.replace(".", "_")
+
+
+def _kohya_slots(slot: Slot) -> list[Slot]:
+    """The slot by its other name; beside A the alpha, which is the rank, so that the scale is 1."""
+    module, _, side = slot.key.removeprefix(PREFIX).rpartition(".lora_")
+    name = kohya_name(module)
+    if side == "B.weight":
+        return [replace(slot, key=f"{name}.lora_up.weight")]
+    alpha = Slot(f"{name}.alpha", (), None, "A", transposed=False, alpha=slot.shape[0])
+    return [replace(slot, key=f"{name}.lora_down.weight"), alpha]
+
+
+def stored_dtype(slot: Slot | Kept, dtype: str) -> tuple[str, torch.dtype]:
+    """How safetensors and torch call what the slot is stored as; not every rank is a number of 16 bits."""
+    if isinstance(slot, Kept):
+        return slot.dtype, TORCH_DTYPES[slot.dtype]
+    return DTYPES["float32" if slot.alpha is not None else dtype]
+
+
 def fill(slot: Slot, factor: Tensor | None, rank: int, dtype: torch.dtype) -> Tensor:
     """The slot's tensor: the factor cut to `rank`, rounded once, turned if need be, padded with zeros.
 
@@ -248,6 +296,8 @@ def fill(slot: Slot, factor: Tensor | None, rank: int, dtype: torch.dtype) -> Te
     Returns:
         Contiguous, of the slot's shape.
     """
+    if slot.alpha is not None:
+        return torch.tensor(slot.alpha, dtype=dtype)
     filled = torch.zeros((slot.shape[0], math.prod(slot.shape[1:])), dtype=dtype)
     if factor is not None:
         kept = round_factor(cut(factor, slot.side, rank), dtype)
@@ -308,9 +358,14 @@ def adapter_config(plan: Plan, layout: Layout, base_name: str, architectures: Se
         base_name: hub id or served name of the base; empty where it is not known.
         architectures: of the fine-tune's `config.json`.
     """
+    if targets.server_rules(plan.model_type, plan.dialect).unets_only:
+        # No peft_type: PEFT would find none of the keys, and say nothing.
+        return {"format": "kohya", "base_model_name_or_path": base_name or None, "r": plan.written_rank}
     causal = any("ForCausalLM" in name or "LMHead" in name for name in architectures)
     modules = layout.modules - layout.parameters.keys()
     parameters = sorted(set(layout.parameters.values()))
+    # PEFT and vLLM read a key as a regular expression for the end of a module's name; from `^` on it is the whole of it.
+    pattern = {f"^{re.escape(module)}": rank for module, rank in layout.ranks.items()}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if causal else None,
@@ -324,8 +379,8 @@ def adapter_config(plan: Plan, layout: Layout, base_name: str, architectures: Se
         "fan_in_fan_out": layout.fan_in_fan_out,
         "use_rslora": False,
         "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
         "modules_to_save": list(layout.whole) or None,
         "target_modules": targets.target_modules(modules, [*plan.modules, *layout.modules]),
         **({"target_parameters": parameters} if parameters else {}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from phlora_pipeline import targets
 from phlora_pipeline.manifest import EnergyRow
 from phlora_pipeline.plan import Plan
 from phlora_pipeline.summary import Summary, percent, reasons, summarize
@@ -23,7 +24,7 @@ def model_card(plan: Plan, rows: Sequence[EnergyRow], *, base_name: str, dtype: 
     """
     summary = summarize(rows)
     front = {
-        "library_name": "peft",
+        "library_name": "diffusers" if targets.server_rules(plan.model_type, plan.dialect).unets_only else "peft",
         "tags": ["lora", "phlora", "post-hoc"],
         **({"base_model": base_name, "base_model_relation": "adapter"} if base_name else {}),
     }
@@ -51,12 +52,7 @@ def model_card(plan: Plan, rows: Sequence[EnergyRow], *, base_name: str, dtype: 
     lines += [
         "## Loading it",
         "",
-        "```python",
-        "from peft import PeftModel",
-        'model = PeftModel.from_pretrained(base_model, "THIS_FOLDER")',
-        "```",
-        "",
-        *_servers(plan, summary),
+        *_loading(plan, summary),
         *_new_rows(plan, rows),
     ]
     if plan.tied:
@@ -67,14 +63,34 @@ def model_card(plan: Plan, rows: Sequence[EnergyRow], *, base_name: str, dtype: 
     return "\n".join(lines)
 
 
-def _servers(plan: Plan, summary: Summary) -> list[str]:
+def _loading(plan: Plan, summary: Summary) -> list[str]:
+    """For the servers that the dialect is for, and no others."""
+    rules = targets.server_rules(plan.model_type, plan.dialect)
+    limit = targets.written_rank(plan.written_rank, targets.server_rules(plan.model_type, "vllm").rank_grid)
+    told = {
+        "PEFT": [
+            "```python",
+            "from peft import PeftModel",
+            'model = PeftModel.from_pretrained(base_model, "THIS_FOLDER")',
+            "```",
+            "",
+        ],
+        "vLLM": [f"vLLM: `vllm serve BASE --enable-lora --max-lora-rank {limit} --lora-modules NAME=THIS_FOLDER`."],
+        "SGLang": ["SGLang: `python -m sglang.launch_server --model-path BASE --lora-paths NAME=THIS_FOLDER`."],
+        "diffusion UIs": [
+            "Diffusion UIs: copy `adapter_model.safetensors` under a name of its own into the folder of LoRAs; its keys are kohya's (`lora_unet_…`), with each pair's alpha beside it."
+        ],
+        "llama.cpp": ["llama.cpp: `convert_lora_to_gguf.py --base BASE THIS_FOLDER`."],
+    }
+    lines = [line for server in rules.takes for line in told[server]]
+    if plan.per_tensor_ranks and not rules.unets_only:
+        lines += [
+            "",
+            "Each module has a rank of its own (`rank_pattern`): of the servers, only vLLM from 0.32 on reads that.",
+        ]
     if summary.carried:
-        return ["PEFT only: vLLM and llama.cpp refuse, and SGLang drops, what is kept whole beside the factors.", ""]
-    return [
-        f"vLLM: `vllm serve BASE --enable-lora --max-lora-rank {plan.written_rank} --lora-modules NAME=THIS_FOLDER`.",
-        "llama.cpp: `convert_lora_to_gguf.py --base BASE THIS_FOLDER`.",
-        "",
-    ]
+        lines += ["", "PEFT only: vLLM and llama.cpp refuse, and SGLang drops, what is kept whole beside the factors."]
+    return [*lines, ""]
 
 
 def _new_rows(plan: Plan, rows: Sequence[EnergyRow]) -> list[str]:

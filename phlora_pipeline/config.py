@@ -49,7 +49,7 @@ class RunConfig(BaseModel):
         default="none",
         description="all: norms, biases and grown embeddings are kept whole, where PEFT has a place for them",
     )
-    dialect: Literal["portable", "peft"] = "portable"
+    dialect: Literal["portable", "peft", "vllm", "sglang", "nim", "gguf", "kohya"] = "portable"
     dtype: Dtype = "auto"
     solver: Literal["auto", "krylov", "gram", "exact"] = "auto"
     tolerance: float = Field(

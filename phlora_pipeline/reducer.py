@@ -67,8 +67,10 @@ class Reduction:
     @property
     def weight_bytes(self) -> int:
         """Size of the adapter's tensors."""
-        name = adapter.DTYPES[self.dtype][0]
-        factors = sum(safetensors_format.tensor_bytes(name, slot.shape) for slot in self.layout.slots)
+        factors = sum(
+            safetensors_format.tensor_bytes(adapter.stored_dtype(slot, self.dtype)[0], slot.shape)
+            for slot in self.layout.slots
+        )
         return factors + sum(safetensors_format.tensor_bytes(item.dtype, item.shape) for item in self.layout.kept)
 
 
@@ -93,10 +95,11 @@ def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint,
         part = parts.load(member.part_url)
         results |= part.results
         sources |= {name: part for name, result in part.results.items() if result.status == "factored"}
+    ranks = {name: len(results[name].singular_values) for name in sources}
     if plan.energy is not None:
-        plan = plan.of_rank(max((len(results[name].singular_values) for name in sources), default=1))
+        plan = plan.of_rank(max(ranks.values(), default=1))
     changed = plan.grown | {name for name, result in results.items() if result.delta_sq > 0}
-    layout = adapter.make_layout(plan, frozenset(sources), changed, base.tensors, tuned.tensors)
+    layout = adapter.make_layout(plan, frozenset(sources), ranks, changed, base.tensors, tuned.tensors)
     picked = adapter.pick_dtype(dtype, plan.adapted)
     rows = []
     for name, ref in sorted(tuned.tensors.items()):
@@ -221,10 +224,9 @@ def drop_parts(plan: Plan) -> None:
 
 def weights(reduction: Reduction) -> tuple[bytes, parts.Body]:
     """`adapter_model.safetensors`: its first bytes, and a producer of the rest that holds one tensor at a time."""
-    name, dtype = adapter.DTYPES[reduction.dtype]
-    items = reduction.layout.in_file_order(name)
+    items = reduction.layout.in_file_order(reduction.dtype)
     header = safetensors_format.build_header(
-        {item.key: (item.dtype if isinstance(item, Kept) else name, item.shape) for item in items}, {"format": "pt"}
+        {item.key: (adapter.stored_dtype(item, reduction.dtype)[0], item.shape) for item in items}, {"format": "pt"}
     )
 
     def tensors() -> Iterator[bytes]:
@@ -232,7 +234,7 @@ def weights(reduction: Reduction) -> tuple[bytes, parts.Body]:
             if isinstance(item, Kept):
                 yield from parts.tensor_chunks(adapter.keep(item))
             else:
-                yield from parts.tensor_chunks(_filled(item, reduction, dtype))
+                yield from parts.tensor_chunks(_filled(item, reduction, adapter.stored_dtype(item, reduction.dtype)[1]))
 
     return header, tensors
 

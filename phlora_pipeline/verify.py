@@ -1,7 +1,7 @@
 """Is an adapter what it claims to be? Measured from the written bytes, against both checkpoints, one module at a time.
 
 Loaders do not ask: PEFT drops keys that fit no module without a word, vLLM serves the base model for a wrong path. So
-the key sets are compared here, as PEFT's own matching would, and the energy of each pair is measured anew.
+the key sets are compared here, as the dialect's loaders would, and the energy of each pair is measured anew.
 """
 
 from __future__ import annotations
@@ -16,11 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phlora_pipeline import adapter, experts, lowrank, manifest, names, reducer, storage, targets, verify_kept
+from phlora_pipeline import (
+    adapter,
+    experts,
+    loaders,
+    lowrank,
+    manifest,
+    names,
+    reducer,
+    storage,
+    targets,
+    verify_kept,
+)
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef, open_checkpoint, open_file, read_tensors
 from phlora_pipeline.errors import NotFoundError, RequestError
 from phlora_pipeline.extract import checked_device
 from phlora_pipeline.manifest import EnergyRow
+from phlora_pipeline.targets import Dialect
 
 TOLERANCE = 1e-4
 """How far the measured energy may be from the manifest's: well above rounding, well below anything that matters."""
@@ -67,6 +79,7 @@ class _Pair:
     down: TensorRef
     up: TensorRef
     embedding: bool
+    alpha: TensorRef | None = None
     expert: int = 0
     experts: int = 1
 
@@ -89,13 +102,20 @@ class _Factors:
 
 
 def verify(
-    base_url: str, tuned_url: str, adapter_url: str, *, tolerance: float = TOLERANCE, device: str = "cpu"
+    base_url: str,
+    tuned_url: str,
+    adapter_url: str,
+    *,
+    dialect: Dialect | None = None,
+    tolerance: float = TOLERANCE,
+    device: str = "cpu",
 ) -> Verification:
     """Check an adapter against its two checkpoints.
 
     Args:
         base_url, tuned_url: the checkpoints.
         adapter_url: a PEFT folder; `energy.parquet` beside the weights, where there is one, is held to its word.
+        dialect: whose loaders it is held to; None: those it was written for, by `run.json`, or PEFT.
         tolerance: of the difference between measured and promised energy.
         device: where to multiply.
 
@@ -107,17 +127,23 @@ def verify(
     tuned = names.by_the_names_of(base, tuned)
     folder = storage.normalize(adapter_url)
     config = _config(folder)
-    rank, scale = _rank_and_scale(config, folder)
+    ranks = _ranks(config, folder)
     tensors, _ = open_file(storage.join(folder, adapter.WEIGHTS))
     own, problems = verify_kept.without_kept(tensors, config, base, tuned)
-    pairs, more = _pairs(own, rank, config.get("target_parameters") or [])
+    kohya = config.get("format") == "kohya"
+    parameters = config.get("target_parameters") or []
+    pairs, more = _kohya_pairs(own, base) if kohya else _pairs(own, ranks, parameters)
     problems += more
-    promised = _promises(folder)
-    problems += _digest_problems(folder)
-    problems += _key_problems(pairs, config, base, promised)
+    promised, run = _promises(folder), _run(folder)
+    problems += _digest_problems(folder, run)
+    problems += [] if kohya else _key_problems(pairs, config, base)
+    problems += _broken_promises(pairs, promised)
+    rules = targets.server_rules(tuned.model_type or base.model_type, dialect or _dialect(run))
+    shapes = {name: ref.shape for name, ref in base.tensors.items()}
+    problems += loaders.objections(rules, config, frozenset(pairs), shapes)
     factors = _Factors()
     measured = [
-        _check(module, pair, factors, base, tuned, promised, scale, tolerance, where)
+        _check(module, pair, factors, base, tuned, promised, _scale(module, pair, ranks), tolerance, where)
         for module, pair in sorted(pairs.items(), key=lambda item: (item[1].down.name, item[1].expert))
     ]
     kept, total = math.fsum(kept for _, kept, _ in measured), math.fsum(total for _, _, total in measured)
@@ -135,26 +161,27 @@ def _config(folder: str) -> dict[str, Any]:
         config = json.loads(storage.read_object(info, limit=_SMALL))
     except ValueError as error:
         raise RequestError(f"{info.url} is not JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    if not isinstance(config, dict) or (config.get("peft_type") != "LORA" and config.get("format") != "kohya"):
         raise RequestError(f"{info.url} is not the config of a LoRA adapter")
     return config
 
 
-def _rank_and_scale(config: Mapping[str, Any], folder: str) -> tuple[int, float]:
-    for name in ("rank_pattern", "alpha_pattern", "use_dora"):
-        if config.get(name):
-            raise RequestError(
-                f"{folder} uses {name}, which verify does not measure",
-                remedy="verify adapters of one rank, as phlora extract writes them",
-            )
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float):
-        raise RequestError(f"{folder}/{adapter.CONFIG} has r {r!r} and lora_alpha {alpha!r}: no rank and scale")
-    return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+def _ranks(config: Mapping[str, Any], folder: str) -> loaders.Ranks:
+    if config.get("use_dora"):
+        raise RequestError(
+            f"{folder} uses use_dora, which verify does not measure",
+            remedy="verify adapters as phlora extract writes them",
+        )
+    if config.get("format") == "kohya":
+        return loaders.Ranks(1, 1, {}, {}, rslora=False)  # in the file itself
+    try:
+        return loaders.Ranks.of(config)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"{folder}/{adapter.CONFIG} gives no rank and scale: {error}") from error
 
 
 def _pairs(
-    tensors: Mapping[str, TensorRef], rank: int, parameters: Sequence[str]
+    tensors: Mapping[str, TensorRef], ranks: loaders.Ranks, parameters: Sequence[str]
 ) -> tuple[dict[str, _Pair], list[str]]:
     sides: dict[str, dict[str, TensorRef]] = {}
     problems = []
@@ -171,6 +198,7 @@ def _pairs(
             problems.append(f"{module} has {', '.join(sorted(found))} without its counterpart")
             continue
         down, up = (found[name] for name in sorted(found))
+        rank = ranks.rank(module)
         if module in stacks and down.shape[:1] == up.shape[1:] and not down.shape[0] % rank:
             (at, _, leaf), count = stacks[module].rpartition("."), down.shape[0] // rank
             pairs |= {
@@ -184,22 +212,58 @@ def _pairs(
     return pairs, problems
 
 
+def _kohya_pairs(tensors: Mapping[str, TensorRef], base: Checkpoint) -> tuple[dict[str, _Pair], list[str]]:
+    """By the names that diffusion UIs make of the base's modules."""
+    modules = {adapter.kohya_name(targets.module_of(name)): targets.module_of(name) for name in base.tensors}
+    found: dict[str, dict[str, TensorRef]] = {}
+    for key, ref in tensors.items():
+        name, _, part = key.partition(".")
+        found.setdefault(name, {})[part] = ref
+    pairs, problems = {}, []
+    for name, parts in found.items():
+        if name not in modules:
+            problems.append(f"{name} is no module of the base: UIs would drop it")
+        elif set(parts) != {"lora_down.weight", "lora_up.weight", "alpha"}:
+            problems.append(f"{name} has {', '.join(sorted(parts))}, and not a pair with its alpha")
+        elif parts["lora_down.weight"].shape[:1] != parts["lora_up.weight"].shape[1:2]:
+            problems.append(f"{name} has factors of two ranks")
+        else:
+            pairs[modules[name]] = _Pair(
+                parts["lora_down.weight"], parts["lora_up.weight"], embedding=False, alpha=parts["alpha"]
+            )
+    return pairs, problems
+
+
+def _scale(module: str, pair: _Pair, ranks: loaders.Ranks) -> float:
+    if pair.alpha is None:
+        return ranks.scale(module)
+    return float(read_tensors([pair.alpha])[0]) / pair.down.shape[0]
+
+
 def _promises(folder: str) -> dict[str, EnergyRow]:
     url = storage.join(folder, reducer.MANIFEST)
     return {row.module: row for row in manifest.read(url)} if storage.stat(url) else {}
 
 
-def _digest_problems(folder: str) -> Iterator[str]:
+def _run(folder: str) -> dict[str, Any]:
+    info = storage.stat(storage.join(folder, reducer.RUN))
+    return reducer.run_record(info) if info else {}
+
+
+def _dialect(run: Mapping[str, Any]) -> Dialect:
+    named = run.get("settings", {}).get("dialect")
+    return named if named in targets.dialects() else "peft"
+
+
+def _digest_problems(folder: str, run: Mapping[str, Any]) -> Iterator[str]:
     """Are these the weights that the run published? Two adapters of one shape look alike to every loader."""
-    info, weights = storage.stat(storage.join(folder, reducer.RUN)), storage.stat(storage.join(folder, adapter.WEIGHTS))
-    promised = reducer.run_record(info).get("weights", {}).get("sha256") if info else None
+    weights = storage.stat(storage.join(folder, adapter.WEIGHTS))
+    promised = run.get("weights", {}).get("sha256")
     if promised and weights and storage.sha256(weights) != promised:
         yield f"{adapter.WEIGHTS} is not the file that {reducer.RUN} tells of"
 
 
-def _key_problems(
-    pairs: Mapping[str, _Pair], config: Mapping[str, Any], base: Checkpoint, promised: Mapping[str, EnergyRow]
-) -> Iterator[str]:
+def _key_problems(pairs: Mapping[str, _Pair], config: Mapping[str, Any], base: Checkpoint) -> Iterator[str]:
     modules = {targets.module_of(name) for name in base.tensors}
     wanted, parameters = config.get("target_modules") or [], config.get("target_parameters") or []
     for module in sorted(pairs):
@@ -210,6 +274,9 @@ def _key_problems(
     for module in sorted(modules - set(pairs)):
         if _matched(module, wanted) or _matched(experts.parameter_of(module), parameters):
             yield f"target_modules names {module}, which has no pair in the file"
+
+
+def _broken_promises(pairs: Mapping[str, _Pair], promised: Mapping[str, EnergyRow]) -> Iterator[str]:
     for module, row in sorted(promised.items()):
         if row.status in {"adapted", "zero_filled"} and module not in pairs:
             yield f"the manifest says {module} is {row.status}, but the file has no pair for it"

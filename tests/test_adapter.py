@@ -154,7 +154,7 @@ def test_a_path_never_becomes_the_bases_name(name: str, hub_id: str) -> None:
 def test_conv1d_weights_ask_for_fan_in_fan_out() -> None:
     shapes = {"transformer.wte.weight": (99, 8), "transformer.h.0.attn.c_attn.weight": (8, 24)}
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
-    made = plan_of(shapes, SETTINGS, config=config)
+    made = plan_of(shapes, replace(SETTINGS, dialect="peft"), config=config)
     layout = adapter.make_layout(made, everything(made))
     assert layout.fan_in_fan_out
     assert shapes_by_key(layout)["base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"] == (24, 8)

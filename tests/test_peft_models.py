@@ -35,6 +35,14 @@ pytestmark = [
 FULL = 64
 """No smaller than any matrix of the tiny models, and on the servers' grid."""
 
+FOR_WHOM = [
+    (name, dialect)
+    for name in models.MODELS
+    for dialect in ("peft", "portable")
+    if (name, dialect) != ("gpt2", "portable")
+]
+"""Of GPT-2 no server takes anything: `tests/test_dialects.py`."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -88,8 +96,7 @@ def completed(pair: Pair, dialect: str, folder: Path) -> PeftModel:
     return load(type(pair.base).from_pretrained(base).eval(), out)
 
 
-@pytest.mark.parametrize("dialect", ["peft", "portable"])
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize(("name", "dialect"), FOR_WHOM)
 def test_what_is_left_out_is_the_whole_difference(name: str, dialect: str, make_pair: MakePair, tmp_path: Path) -> None:
     """Norms, biases, and what servers do not take: with them in the base, the adapter is the fine-tune, and only then."""
     pair = make_pair(name, models.everything)
@@ -279,8 +286,7 @@ def test_a_tied_delta_is_dropped_by_name_where_servers_differ(make_pair: MakePai
     assert "tied to lm_head" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.parametrize("dialect", ["peft", "portable"])
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize(("name", "dialect"), FOR_WHOM)
 def test_the_plan_accounts_for_every_tensor_on_disk(
     name: str, dialect: str, make_pair: MakePair, tmp_path: Path
 ) -> None:

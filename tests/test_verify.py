@@ -222,13 +222,22 @@ class TestConfig:
 
     def test_one_target_too_many(self, zoo: Path) -> None:
         edit_config(zoo, target_modules=r".*(proj|embed_tokens|lm_head|input_layernorm)")
-        problems = check(zoo).problems
+        *problems, of_servers = check(zoo).problems
         assert len(problems) == 2
         assert all("input_layernorm, which has no pair" in problem for problem in problems)
+        assert "a regular expression" in of_servers
 
     @pytest.mark.parametrize(
         "changes",
-        [{"r": ...}, {"r": "8"}, {"r": 0}, {"lora_alpha": None}, {"peft_type": "IA3"}, {"rank_pattern": {"q_proj": 4}}],
+        [
+            {"r": ...},
+            {"r": "8"},
+            {"r": 0},
+            {"lora_alpha": None},
+            {"peft_type": "IA3"},
+            {"rank_pattern": {"q_proj": "4"}},
+            {"modules_to_save": ["norm"]},
+        ],
     )
     def test_a_config_that_is_none_is_a_wrong_request(self, changes: dict[str, object], zoo: Path) -> None:
         edit_config(zoo, **changes)

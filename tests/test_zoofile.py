@@ -155,7 +155,7 @@ MODELS = "bases: {b: /b}\nmodels:\n"
         (LEAST + "bases:\n  b:\n    ulr: /b\n", "line 4: bases.b: unknown key 'ulr'; did you mean 'url'?"),
         (LEAST + "extract:\n  rank: 0\n", "line 3: extract.rank: input should be greater than or equal to 1, got '0'"),
         (LEAST + "extract:\n  rank: 2.5\n", "line 3: extract.rank: "),
-        (LEAST + "extract:\n  for: vllm\n", "line 3: extract.for: "),
+        (LEAST + "extract:\n  for: ollama\n", "line 3: extract.for: "),
         (LEAST + "extract:\n  energy: 1.5\n", "line 3: extract.energy: "),
         (LEAST + "extract:\n  include: q_proj\n", "line 3: extract.include: expected a list, got 'q_proj'"),
         (LEAST + "extract:\n  rank: 64\n  max_rank: 8\n", "line 2: extract: max_rank must be between rank (64) and 512, got 8"),

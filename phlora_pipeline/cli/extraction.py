@@ -207,20 +207,41 @@ def verify(
     base: Base,
     tuned: Tuned,
     adapter: Annotated[str, typer.Option("--adapter", metavar="URL", help="The adapter's folder.")],
+    dialect: Annotated[
+        Dialect | None,
+        typer.Option(
+            "--for", show_default=False, help="Whose loaders it is held to. Default: whom it was written for."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")] = "cpu",
+    logits: Annotated[
+        bool,
+        typer.Option(
+            "--logits", help="Also run base, base with adapter, and fine-tune (transformers and peft needed)."
+        ),
+    ] = False,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="For --logits; may be repeated. Default: random tokens."),
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Measure from its bytes what an adapter keeps of the update, and check its keys. Exit 13 when anything is off."""
+    if prompt and not logits:
+        raise typer.BadParameter("--prompt is for --logits")
     with loading():
+        from phlora_pipeline import logits as comparison
         from phlora_pipeline import verify as verification
-    found = verification.verify(base, tuned, adapter, device=device)
+    found = verification.verify(base, tuned, adapter, dialect=dialect.value if dialect else None, device=device)
+    agreement = comparison.compare(base, tuned, adapter, prompt or (), device=device) if logits else None
     record = {
         "passed": found.passed,
         "written_energy": found.written_energy,
         "problems": found.problems,
         "modules": [asdict(check) for check in found.modules],
+        **({"logits": asdict(agreement)} if agreement else {}),
     }
-    render.json_object(record) if json_output else render.show_verification(found)
+    render.json_object(record) if json_output else render.show_verification(found, agreement)
     if not found.passed:
         raise typer.Exit(13)
 

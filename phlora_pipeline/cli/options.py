@@ -28,6 +28,11 @@ class Dialect(StrEnum):
 
     PORTABLE = "portable"
     PEFT = "peft"
+    VLLM = "vllm"
+    SGLANG = "sglang"
+    NIM = "nim"
+    GGUF = "gguf"
+    KOHYA = "kohya"
 
 
 class Carry(StrEnum):
@@ -122,7 +127,7 @@ For = Annotated[
     typer.Option(
         "--for",
         rich_help_panel=SELECT,
-        help="portable: what PEFT, vLLM, SGLang, NIM and llama.cpp all apply; peft: every matrix, for PEFT only.",
+        help="portable: what PEFT, vLLM, SGLang, NIM and llama.cpp all apply; or one of them, with all that it takes (gguf: llama.cpp; kohya: diffusion UIs).",
     ),
 ]
 BaseName = Annotated[

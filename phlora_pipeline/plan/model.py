@@ -17,7 +17,7 @@ from phlora_pipeline.plan.blocks import BLOCK_BYTES, TensorPair, digest_of, make
 from phlora_pipeline.plan.choice import choose, keep_whole, multimodal, pair_up, some, tied_modules
 from phlora_pipeline.plan.tasks import Member, Task, largest_first
 from phlora_pipeline.quantised import FP8
-from phlora_pipeline.targets import Dialect, Selection
+from phlora_pipeline.targets import Dialect, Selection, ServerRules
 
 NUMERICS_REVISION = 2
 """Raised when results change, so that an upgrade recomputes a zoo only where it must."""
@@ -45,6 +45,7 @@ class Plan:
         rank: of the adapter, as asked for; the most that it may have where a threshold of energy is asked for.
         written_rank: of the adapter, as written: the next of the servers' grid.
         rank_grid: ranks that servers compute with; empty where any is.
+        per_tensor_ranks: whether each module is written at its own rank, instead of all at the largest.
         energy: the threshold of each tensor's E_r, or None; the ranks are known when all tensors are factorised.
         warnings: in words, for the user.
     """
@@ -64,6 +65,7 @@ class Plan:
     rank: int
     written_rank: int
     rank_grid: tuple[int, ...]
+    per_tensor_ranks: bool
     energy: float | None
     warnings: tuple[str, ...]
 
@@ -160,6 +162,9 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
     """
     _require_same_model(base, tuned)
     rules = targets.server_rules(tuned.model_type or base.model_type, settings.dialect)
+    _require_served(settings.rank, rules)
+    per_tensor = settings.factors.energy is not None and rules.per_tensor_ranks
+    grid = () if per_tensor else rules.rank_grid
     pairs, unread = pair_up(base, tuned, settings.selection)
     tied = tied_modules(tuned if tuned.config else base, pairs)
     chosen, left_out = choose(pairs, settings.selection, rules, tied, multimodal=multimodal(base, tuned))
@@ -168,6 +173,8 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
         chosen, left_out, carried = keep_whole(chosen, left_out, tuned.tensors, settings.selection)
     if not chosen:
         raise _nothing_matches(left_out, unread)
+    if rules.unets_only:
+        _require_names_apart(chosen)
     extraction_id = digest_of(
         {
             "base": base.fingerprint, "tuned": tuned.fingerprint, "factor": sorted(pair.name for pair in chosen),
@@ -176,12 +183,13 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
             "profile": None if settings.profile.name in lowrank.PROFILES else asdict(settings.profile),
         }
     )  # fmt: skip
-    written = targets.written_rank(settings.rank, rules.rank_grid)
+    written = targets.written_rank(settings.rank, grid)
     version = digest_of(
         {
             "extraction": extraction_id,
             "rank": settings.rank,
             "dialect": settings.dialect,
+            **({"ranks": "own"} if per_tensor else {}),
             "tied": tied,
             "carry": settings.carry,
             "model_type": rules.model_type,
@@ -214,7 +222,8 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
         carried=carried,
         rank=settings.rank,
         written_rank=written,
-        rank_grid=rules.rank_grid,
+        rank_grid=grid,
+        per_tensor_ranks=per_tensor,
         energy=settings.factors.energy,
         warnings=tuple(_warnings(base, tuned, settings, written, pairs)),
     )
@@ -255,6 +264,31 @@ def _require_same_model(base: Checkpoint, tuned: Checkpoint) -> None:
             f"different architectures: {told}",
             remedy="give the base that this model was fine-tuned from, saved by the same library",
         )
+
+
+def _require_served(rank: int, rules: ServerRules) -> None:
+    if rules.unets_only and rules.model_type:
+        raise RequestError(
+            f"--for {rules.dialect} is for the UNets of diffusion models, this is a transformers model of type {rules.model_type!r}",
+            remedy="use --for portable, or --for peft",
+        )
+    if rules.max_rank is not None and rank > rules.max_rank:
+        raise RequestError(
+            f"rank {rank} is more than the {rules.max_rank} that servers of --for {rules.dialect} take",
+            remedy=f"ask for at most {rules.max_rank}",
+        )
+
+
+def _require_names_apart(chosen: Sequence[TensorPair]) -> None:
+    """Two modules may differ by a dot where kohya's names have the same underscore."""
+    names: dict[str, str] = {}
+    for pair in chosen:
+        other = names.setdefault(pair.module.replace(".", "_"), pair.module)
+        if other != pair.module:
+            raise RequestError(
+                f"{other} and {pair.module} are both {pair.module.replace('.', '_')} in kohya's names",
+                remedy="leave one of them out: --exclude 'GLOB'",
+            )
 
 
 def _nothing_matches(left_out: Mapping[str, str], unread: Mapping[str, str]) -> RequestError:

@@ -244,7 +244,7 @@ extract:
   rank: 32              # or energy: 0.9, which takes as many as each tensor needs
   targets: all          # all | linear | paper
   carry: none           # none | all: norms and biases kept whole; only for peft
-  for: portable         # portable: vLLM, SGLang, NIM, LoRAX; peft: all that PEFT can hold
+  for: portable         # portable: what PEFT, vLLM, SGLang, NIM and llama.cpp all load; or one of them: peft, vllm, sglang, nim, gguf, kohya
   dtype: auto
   solver: auto
   # preset: paper       # in place of rank, targets and solver, which win over it: 32, paper, exact

@@ -98,10 +98,10 @@ class ExtractSettings(Strict):
     carry: Literal["none", "all"] = Field(
         default="none", description="all: norms, biases and grown embeddings are kept whole, with `for: peft`"
     )
-    dialect: Literal["portable", "peft"] = Field(
+    dialect: Literal["portable", "peft", "vllm", "sglang", "nim", "gguf", "kohya"] = Field(
         default="portable",
         alias="for",
-        description="portable: what every supported server loads; peft: all that PEFT itself can hold",
+        description="portable: what every supported server loads; or one of them, with all that it takes",
     )
     dtype: Dtype = Field(default="auto", description="of the factors; auto: the fine-tune's, where that has 16 bits")
     solver: Literal["auto", "krylov", "gram", "exact"] = Field(
