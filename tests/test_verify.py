@@ -236,7 +236,7 @@ class TestConfig:
             {"lora_alpha": None},
             {"peft_type": "IA3"},
             {"rank_pattern": {"q_proj": "4"}},
-            {"modules_to_save": ["norm"]},
+            {"use_dora": True},
         ],
     )
     def test_a_config_that_is_none_is_a_wrong_request(self, changes: dict[str, object], zoo: Path) -> None:

@@ -78,6 +78,7 @@ def choose(
             or (targets.tower_refusal(pair.name) if multimodal else "")
             or (_shadowed_refusal(pair) if experts else "")
             or targets.server_refusal(pair.kind, pair.shape, rules)
+            or _single_expert_refusal(pair, rules)
             or _tied_refusal(pair, rules, tied)
         )
         if reason:
@@ -126,6 +127,15 @@ def _shadowed_refusal(pair: TensorPair) -> str:
     if pair.kind == "mlp" and leaf in {"gate_proj", "up_proj", "down_proj"}:
         return f"PEFT takes every {leaf} of a model with experts for one of them, and would drop this one"
     return ""
+
+
+def _single_expert_refusal(pair: TensorPair, rules: ServerRules) -> str:
+    """Experts one by one, of a type whose loaders know them in one parameter only, and by its name."""
+    if pair.kind != "expert" or not targets.takes_parameters(rules.model_type, rules.dialect):
+        return ""
+    if targets.is_transposed(pair.module, rules.model_type):
+        return ""
+    return f"{rules.model_type!r} has its experts in one parameter; where a matrix each goes there is not known"
 
 
 def _tied_refusal(pair: TensorPair, rules: ServerRules, tied: tuple[str, str] | None) -> str:
