@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from phlora_pipeline import lowrank, targets
+from phlora_pipeline import experts, lowrank, targets
+from phlora_pipeline.carry import Carry
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.plan import PlanSettings, make_plan
@@ -43,6 +44,7 @@ class Row:
         grown: those of the fine-tune that have another shape.
         config: of both, without its model type.
         conv1d: whether it is about model types whose layers are transformers' Conv1D, or about the others.
+        stacked: whether it is about experts in one tensor, which each model type has its own way round.
     """
 
     title: str
@@ -51,16 +53,31 @@ class Row:
     grown: Shapes = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=lambda: {"tie_word_embeddings": False})
     conv1d: bool = False
+    stacked: bool = False
 
-    @property
-    def tuned(self) -> Shapes:
-        """The fine-tune's tensors."""
-        return {**self.base, **self.grown}
+    def shapes(self, model_type: str) -> tuple[Shapes, Shapes]:
+        """The tensors of base and fine-tune."""
+        base = self.base
+        if self.stacked and _turned(model_type):
+            base = {name: (shape[0], *shape[:0:-1]) for name, shape in base.items()}
+        return base, {**base, **self.grown}
+
+    def asked(self, model_type: str) -> str:
+        """The tensor in question, as checkpoints of this type call it."""
+        if not self.stacked or _turned(model_type):
+            return self.tensor
+        names = targets.expert_names(model_type)
+        return f"{_LAYER}.{names.get('block', 'mlp')}.experts.1.{names['down']}.weight"
+
+
+def _turned(model_type: str) -> bool:
+    return targets.is_transposed("down_proj", model_type)
 
 
 def _row(title: str, name: str, shape: tuple[int, ...], **others: Any) -> Row:
     beside = others.pop("beside", {})
-    return Row(title, name, {**_PLAIN, **beside, name: shape}, **others)
+    own = {name: shape} if shape and name not in beside else {}
+    return Row(title, name, {**_PLAIN, **beside, **own}, **others)
 
 
 _EMBEDDING, _HEAD, _VOCABULARY = "model.embed_tokens.weight", "lm_head.weight", (16, 8)
@@ -98,12 +115,21 @@ ROWS = (
         config=_UNTIED,
         grown=dict.fromkeys(_BOTH, (20, 8)),
     ),
+    _row(
+        "new rows of a grown vocabulary",
+        f"{_EMBEDDING}[16:]",
+        (),
+        beside=_BOTH,
+        config=_UNTIED,
+        grown=dict.fromkeys(_BOTH, (20, 8)),
+    ),
     _row("experts, a matrix each", f"{_LAYER}.mlp.experts.1.up_proj.weight", (8, 8), beside=_EXPERTS),
     _row(
         "experts, stacked in one tensor",
-        f"{_LAYER}.mlp.experts.gate_up_proj",
-        (2, 8, 16),
-        beside={f"{_LAYER}.mlp.experts.down_proj": (2, 8, 8)},
+        f"{_LAYER}.mlp.experts.1.down_proj.weight",
+        (),
+        beside={f"{_LAYER}.mlp.experts.gate_up_proj": (2, 24, 8), f"{_LAYER}.mlp.experts.down_proj": (2, 8, 12)},
+        stacked=True,
     ),
     _row("router", f"{_LAYER}.mlp.gate.weight", (4, 8)),
     _row("norm", f"{_LAYER}.input_layernorm.weight", (8,)),
@@ -119,18 +145,20 @@ class Cell:
         carried: model types for which the tensor is in the adapter.
         refused: the others → why.
         max_rows: of an embedding or head, more than which are refused; None without such a limit.
+        whole: whether it takes `--carry all`.
     """
 
     carried: tuple[str, ...]
     refused: Mapping[str, str]
     max_rows: int | None = None
+    whole: bool = False
 
     @property
     def state(self) -> str:
         """`carried`, `carried if` or `refused`."""
         if not self.carried:
             return "refused"
-        return "carried if" if self.refused or self.max_rows else "carried"
+        return "carried if" if self.refused or self.max_rows or self.whole else "carried"
 
     @property
     def note(self) -> str:
@@ -148,6 +176,8 @@ class Cell:
                 if UNLISTED in self.carried
                 else f"the model type is {_any(self.carried)}"
             )
+        if self.whole:
+            conditions.append("it is asked for: `--carry all`")
         if self.max_rows:
             conditions.append(f"it has at most {self.max_rows:,} rows")
         return " and ".join(conditions)
@@ -162,6 +192,9 @@ def cell(number: int, dialect: Dialect) -> Cell:
     """The cell of a row, by its number in `ROWS`, and a dialect."""
     row = ROWS[number]
     outcomes = {model_type: outcome(row, dialect, model_type) for model_type in _types(row, dialect)}
+    whole = all(outcomes.values()) and bool(targets.server_rules(UNLISTED, dialect).carries)
+    if whole:
+        outcomes = {model_type: outcome(row, dialect, model_type, "all") for model_type in outcomes}
     carried = tuple(model_type for model_type, reason in outcomes.items() if not reason)
     limit = targets.server_rules(UNLISTED, dialect).max_rows if carried else None
     if limit is not None:
@@ -169,7 +202,8 @@ def cell(number: int, dialect: Dialect) -> Cell:
             row, base={name: (limit + 1, *shape[1:]) for name, shape in row.base.items() if name in _BOTH} | _PLAIN
         )
         limit = limit if row.tensor in _BOTH and outcome(many, dialect, carried[0]) else None
-    return Cell(carried, {name: reason for name, reason in outcomes.items() if reason}, limit)
+    refused = {name: reason for name, reason in outcomes.items() if reason}
+    return Cell(carried, refused, limit, whole=whole and bool(carried))
 
 
 def _types(row: Row, dialect: Dialect) -> Iterator[str]:
@@ -183,16 +217,23 @@ def _types(row: Row, dialect: Dialect) -> Iterator[str]:
         yield UNLISTED
 
 
-def outcome(row: Row, dialect: Dialect, model_type: str) -> str:
+def outcome(row: Row, dialect: Dialect, model_type: str, carry: Carry = "none") -> str:
     """Why the row's tensor is not in an adapter for such a model; empty where it is."""
-    settings = PlanSettings(Selection(), dialect, 8, "/out/_parts", lowrank.Settings(8))
+    settings = PlanSettings(Selection(), dialect, 8, "/out/_parts", lowrank.Settings(8), carry=carry)
     config = {**row.config, "model_type": model_type}
+    shapes = row.shapes(model_type)
+    base, tuned = experts.apart(_headers("base", shapes[0], config), _headers("tuned", shapes[1], config))
     try:
-        plan = make_plan(_headers("base", row.base, config), _headers("tuned", row.tuned, config), settings)
+        plan = make_plan(base, tuned, settings)
     except RequestError as error:
         told = str(error)
         return told if told.startswith("nothing") else told.partition(":")[0]
-    return {**plan.left_out, **plan.unread}.get(row.tensor, "")
+    asked = row.asked(model_type)
+    if asked.partition("[")[0] in plan.carried:
+        return ""
+    if row.stacked and asked not in tuned.tensors:
+        return "experts in one tensor that cannot be told apart"
+    return {**plan.left_out, **plan.unread}.get(asked, "")
 
 
 def _headers(side: str, shapes: Shapes, config: Mapping[str, Any]) -> Checkpoint:

@@ -43,7 +43,7 @@ def _matched(base: Iterable[str], tuned: Iterable[str]) -> dict[str, str]:
     if len(best) == len(tuned):
         return {}
     contenders = [best]
-    for wrappers in _sets():
+    for wrappers in _sets(base ^ tuned):
         found = _without(wrappers, base, tuned)
         if len(found) > len(best):
             best, contenders = found, []
@@ -54,9 +54,11 @@ def _matched(base: Iterable[str], tuned: Iterable[str]) -> dict[str, str]:
     return {name: other for name, other in best.items() if name != other} if certain and enough else {}
 
 
-def _sets() -> Iterator[frozenset[str]]:
-    """Of wrappers, small ones first."""
-    return (frozenset(chosen) for size in range(1, len(WRAPPERS) + 1) for chosen in combinations(WRAPPERS, size))
+def _sets(unmatched: Iterable[str]) -> Iterator[frozenset[str]]:
+    """Of wrappers that names have which are not matched as they are, small ones first."""
+    parts = {part for name in unmatched for part in name.split(".")}
+    present = [wrapper for wrapper in WRAPPERS if wrapper in parts]
+    return (frozenset(chosen) for size in range(1, len(present) + 1) for chosen in combinations(present, size))
 
 
 def _without(wrappers: frozenset[str], base: frozenset[str], tuned: frozenset[str]) -> dict[str, str]:

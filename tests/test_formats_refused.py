@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from phlora_pipeline import formats
 from phlora_pipeline.checkpoint import open_checkpoint
+from phlora_pipeline.convert import convert
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.safetensors_format import Entry
 from tests import runs, toys
@@ -110,6 +112,23 @@ def test_a_config_that_makes_no_sense_says_nothing(word: object, tmp_path: Path)
     tensors = toys.llama_tensors()
     folder = toys.save(tmp_path / "m", tensors, {**toys.LLAMA, "quantization_config": word})
     assert open_checkpoint(str(folder)).tensors.keys() == tensors.keys()
+
+
+def test_of_sharded_pickles_the_folder_is_to_be_converted(tmp_path: Path) -> None:
+    """And the command that the remedy names does it: one shard alone would be half a checkpoint."""
+    tensors, source = toys.llama_tensors(), tmp_path / "pickled"
+    source.mkdir()
+    names = [f"pytorch_model-{number:05d}-of-00002.bin" for number in (1, 2)]
+    placed = {name: names[number % 2] for number, name in enumerate(tensors)}
+    for shard in names:
+        torch.save({name: value for name, value in tensors.items() if placed[name] == shard}, source / shard)
+    (source / "config.json").write_text(json.dumps(toys.LLAMA))
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": placed}))
+    with pytest.raises(RequestError, match=names[0]) as caught:
+        open_checkpoint(str(source))
+    assert caught.value.remedy.endswith(f"phlora convert {source} OUT")
+    convert(str(source), str(tmp_path / "out"))
+    assert open_checkpoint(str(tmp_path / "out")).tensors.keys() == tensors.keys()
 
 
 def test_names_that_only_look_like_it_are_let_through() -> None:

@@ -44,17 +44,28 @@ def save(row: Row, model_type: str, folder: Path) -> tuple[Path, Path]:
         toys.save(
             folder / side, {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, config
         )
-        for side, shapes in (("base", row.base), ("tuned", row.tuned))
+        for side, shapes in zip(("base", "tuned"), row.shapes(model_type), strict=True)
     )
 
 
-def _is_of(module: str, key: str) -> bool:
-    return f".{module}.lora_" in key or key.startswith(f"{adapter.kohya_name(module)}.")
+def _is_of(asked: str, key: str) -> bool:
+    """Whether a key of the adapter's file is about a tensor: a factor of it, itself whole, or the bias of its pair."""
+    tensor = asked.partition("[")[0]
+    module, _, leaf = tensor.rpartition(".")
+    if key == f"base_model.model.{tensor}":
+        return True
+    if leaf == "bias":
+        return key.endswith(f".{module}.lora_B.bias")
+    if tensor != asked:  # factors are of the rows that both have
+        return False
+    stack = module.rpartition(".experts.")[0] + ".experts.lora_"
+    own = (f".{module}.lora_", *([stack] if "experts" in module else []))
+    return any(part in key for part in own) or key.startswith(f"{adapter.kohya_name(module)}.")
 
 
-def refused(pair: tuple[Path, Path], out: Path, dialect: Dialect) -> bool:
+def refused(pair: tuple[Path, Path], out: Path, dialect: Dialect, carry: str) -> bool:
     try:
-        runs.extract(*pair, out, dialect=dialect, force=True)
+        runs.extract(*pair, out, dialect=dialect, carry=carry, force=True)
     except RequestError:
         return True
     return False
@@ -63,19 +74,21 @@ def refused(pair: tuple[Path, Path], out: Path, dialect: Dialect) -> bool:
 @pytest.mark.parametrize("dialect", targets.dialects())
 @pytest.mark.parametrize("number", range(len(ROWS)), ids=[row.title for row in ROWS])
 def test_a_cell_tells_what_an_extraction_does(number: int, dialect: Dialect, tmp_path: Path) -> None:
-    row = ROWS[number]
+    row, cell = ROWS[number], matrix.cell(number, dialect)
     for model_type, carried in witnesses(number, dialect):
         out = tmp_path / model_type / "out"
         pair = save(row, model_type, tmp_path / model_type)
-        if refused(pair, out, dialect):
+        if refused(pair, out, dialect, "all" if cell.whole else "none"):
             assert not carried
             assert not out.exists() or not list(out.iterdir())
             continue
-        told = runs.rows(out)[row.tensor]
+        asked, rows = row.asked(model_type), runs.rows(out)
+        told = rows[asked if asked in rows else f"{asked.partition('.experts.')[0]}.experts.down_proj"]
         with safe_open(out / "adapter_model.safetensors", "pt") as file:
-            keys = [key for key in file.keys() if _is_of(targets.module_of(row.tensor), key)]  # noqa: SIM118
-        assert (told.status, bool(keys)) == (("adapted", True) if carried else ("skipped", False)), told
-        assert bool(told.reason) != carried or told.reason.startswith("rank")
+            keys = [key for key in file.keys() if _is_of(asked, key)]  # noqa: SIM118
+        there = "carried" if cell.whole else "adapted"
+        assert (told.status, bool(keys)) == ((there, True) if carried else ("skipped", False)), told
+        assert bool(told.reason) != carried or told.reason.startswith(("rank", "kept whole"))
 
 
 @pytest.mark.parametrize("title", ["embedding", "lm_head, untied"])

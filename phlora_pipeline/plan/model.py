@@ -310,7 +310,7 @@ def _warnings(
         yield tuned.matched
     coarse = sum(bool({pair.base.dtype, pair.tuned.dtype} & FP8) for pair in pairs)
     if coarse:
-        yield f"{coarse} tensors are stored in fp8: its rounding, 2 to 3 % of each weight, is part of the difference; checkpoints in bf16 make a better adapter, where there are any"
+        yield f"{coarse} tensors are stored in fp8: its rounding, 2 to 5 % of each weight, is part of the difference; checkpoints in bf16 make a better adapter, where there are any"
     missing = sorted(set(base.tensors) - set(tuned.tensors))
     if missing:
         yield f"{len(missing)} tensors of the base are not in the fine-tune: {some(missing)}"
