@@ -180,8 +180,9 @@ def _kernels(shapes: dict[str, Row]) -> list[str]:
         ]
     if peers:
         parts += [
-            "Other libraries on the same matrices (α = 0.4):",
+            "<details><summary>Other libraries on the same matrices (α = 0.4)</summary>",
             lines(["shape", "r", "method", "time", "×", "captured", "of optimal"], peers),
+            "</details>",
         ]
     return parts
 
