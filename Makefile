@@ -23,7 +23,7 @@ test: $(STAMP)  ## every test, the fast ones first
 	$(BIN)/python -m pytest -m "not slow and not servers"
 	$(BIN)/python -m pytest -m "slow"
 
-test-servers: $(SERVERS_STAMP)  ## our adapters in real servers: vLLM, llama.cpp, PEFT's batches (4 GB the first time; a quarter of an hour)
+test-servers: $(SERVERS_STAMP)  ## our adapters in real servers: vLLM, llama.cpp, PEFT's batches (6 GB the first time; a quarter of an hour)
 	$(BIN)/python -m pytest -m servers tests/servers
 
 check: $(STAMP)  ## lint, types, layers

