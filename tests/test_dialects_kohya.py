@@ -149,3 +149,23 @@ def test_its_config_says_what_it_is(unet: tuple[Path, Path], tmp_path: Path) -> 
     runs.extract(*unet, tmp_path, dialect="kohya", rank=5, base_name="org/unet")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config == {"format": "kohya", "base_model_name_or_path": "org/unet", "r": 5}
+
+
+def test_a_convolution_has_its_kernel_below_and_a_kernel_of_one_above(tmp_path: Path) -> None:
+    """And the two after one another are ΔW, where the rank is all there is."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"down_blocks.0.resnets.0.conv1": (8, 4, 3, 3), "down_blocks.0.downsamplers.0.conv": (6, 5, 1, 1)}
+    base = {f"{module}.weight": torch.randn(shape, generator=generator) for module, shape in shapes.items()}
+    tuned = toys.fine_tuned(base)
+    folders = toys.save(tmp_path / "base", base, UNET), toys.save(tmp_path / "tuned", tuned, UNET)
+    runs.extract(*folders, tmp_path / "out", rank=8, dialect="kohya")
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for module, (d, channels, height, width) in shapes.items():
+        down, up, alpha = (
+            found[f"{name_of(module)}.{part}"] for part in ("lora_down.weight", "lora_up.weight", "alpha")
+        )
+        assert (tuple(down.shape), tuple(up.shape)) == ((8, channels, height, width), (d, 8, 1, 1))
+        delta = torch.einsum("or,rchw->ochw", up[..., 0, 0], down) * alpha / 8
+        wanted = tuned[f"{module}.weight"] - base[f"{module}.weight"]
+        assert float((delta - wanted).norm() / wanted.norm()) < 1e-5
+    assert check(folders, tmp_path / "out").passed
