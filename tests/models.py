@@ -21,6 +21,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: _build("Llama", "ForCausalLM", **GATED, tie_word_embeddings=False),
     "llama-tied": lambda: _build("Llama", "ForCausalLM", **GATED, tie_word_embeddings=True),
     "qwen2": lambda: _build("Qwen2", "ForCausalLM", **GATED, tie_word_embeddings=False),
+    "phi3": lambda: _build("Phi3", "ForCausalLM", **GATED, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2),
     "bert": lambda: _build("Bert", "ForTokenClassification", **SIZES, intermediate_size=48, max_position_embeddings=32),
     "gpt2": lambda: _build("GPT2", "LMHeadModel", n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32),
     "mixtral": lambda: _build("Mixtral", "ForCausalLM", **EXPERTS, num_local_experts=4),
