@@ -432,7 +432,15 @@ def result(tmp_path: Path) -> table.Result:
         row("u.weight", "unchanged", 0.0),
     ]
     scores = pairs.Scores(base=0.1, tuned=0.9, adapted=0.65, matrices=0.7)
-    pair = pairs.Pair("toy", "toys", tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", lambda _: scores)
+    pair = pairs.Pair(
+        "toy",
+        "toys",
+        tmp_path / "base",
+        tmp_path / "tuned",
+        tmp_path / "adapter",
+        lambda _: scores,
+        promised_points=2.0,
+    )
     return table.Result(pair, summarize(rows), scores, adapter_bytes=1_500_000, checkpoint_bytes=90_300_000)
 
 

@@ -31,9 +31,6 @@ from . import antibody, command, minilm, strangers, table
 from .errors import DemoError
 from .pairs import Pair
 
-PROMISED_POINTS = 2.0
-"""How far MiniLM's base + r32 adapter may lie below its full fine-tune."""
-
 
 def run(root: Path) -> int:
     """The recipe; returns the exit code."""
@@ -46,11 +43,11 @@ def run(root: Path) -> int:
     table.show(results)
     print(f"\nnegative control: silero-vad 5.1.2 → 6.0.0, same shapes, refused: {refusal}")
     print(f"\n{time.monotonic() - start:.0f} s in all; a second run re-uses what lies under {root}")
-    lost = 100 * (results[0].scores.tuned - results[0].scores.adapted)
-    if lost > PROMISED_POINTS:
-        print(f"error: {first.name} lost {lost:.1f} points, more than {PROMISED_POINTS}", file=sys.stderr)
-        return 1
-    return 0
+    too_far = [result for result in results if result.lost_points > result.pair.promised_points]
+    for result in too_far:
+        told = f"{result.pair.name} lost {result.lost_points:.1f} points, more than {result.pair.promised_points}"
+        print(f"error: {told}", file=sys.stderr)
+    return 1 if too_far else 0
 
 
 def extract_and_score(pair: Pair) -> table.Result:

@@ -53,6 +53,7 @@ def prepare(root: Path, say: Callable[[str], None]) -> Pair:
         tuned=tuned,
         adapter=folder / "adapter-r32-whole",
         scores=partial(_scores, base, tuned, sharks),
+        promised_points=10.0,
         options=("--carry", "all"),
     )
 

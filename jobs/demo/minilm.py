@@ -62,6 +62,7 @@ def prepare(root: Path, say: Callable[[str], None]) -> Pair:
         tuned=tuned,
         adapter=folder / "adapter-r32",
         scores=partial(_scores, base, tuned, texts),
+        promised_points=2.0,
     )
 
 

@@ -18,6 +18,7 @@ class Pair:
         metric: what the scores are, in a few words.
         base, tuned: checkpoint folders.
         adapter: where its adapter goes.
+        promised_points: how far base + r32 adapter may lie below the full fine-tune.
         options: of `phlora extract`, beside the checkpoints and the rank.
         scores: given the adapter's folder, the metric of base, fine-tune, and base with the adapter, each from 0 to 1.
     """
@@ -28,6 +29,7 @@ class Pair:
     tuned: Path
     adapter: Path
     scores: Callable[[Path], Scores]
+    promised_points: float
     options: tuple[str, ...] = ()
 
 

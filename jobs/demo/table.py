@@ -32,6 +32,11 @@ class Result:
     adapter_bytes: int
     checkpoint_bytes: int
 
+    @property
+    def lost_points(self) -> float:
+        """How far base and adapter lie below the fine-tune."""
+        return 100 * (self.scores.tuned - self.scores.adapted)
+
 
 def cells(result: Result) -> list[str]:
     """The row under `HEADERS`."""
@@ -49,8 +54,8 @@ def cells(result: Result) -> list[str]:
 
 def notes(result: Result) -> list[str]:
     """What the row does not say: the metric, what is left out and what that costs, where the adapter is."""
-    scores, lost = result.scores, result.scores.tuned - result.scores.adapted
-    lines = [f"metric: {result.pair.metric}; base + r32 is {100 * lost:.1f} points below the fine-tune"]
+    scores = result.scores
+    lines = [f"metric: {result.pair.metric}; base + r32 is {result.lost_points:.1f} points below the fine-tune"]
     lines += [
         f"left out: {number} × {reason}: {percent(share)} of ‖ΔW‖²" for reason, number, share in reasons(result.summary)
     ]
