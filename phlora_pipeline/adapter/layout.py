@@ -1,0 +1,141 @@
+"""Which modules get a pair, which a zero pair, and what is kept whole: from a plan and what has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from phlora_pipeline import carry, experts, targets
+from phlora_pipeline.adapter.slots import PREFIX, Kept, Layout, Slot, kohya_slots, pair_slots
+from phlora_pipeline.checkpoint import TensorRef
+from phlora_pipeline.plan import Plan, TensorPair
+from phlora_pipeline.targets import Kind
+
+_STACKED: frozenset[Kind] = frozenset({"expert", "router"})
+"""Kinds that PEFT adapts in every layer or in none; where experts are stacked, every expert or none."""
+
+
+def make_layout(
+    plan: Plan,
+    factored: frozenset[str],
+    own_ranks: Mapping[str, int] | None = None,
+    changed: frozenset[str] = frozenset(),
+    base: Mapping[str, TensorRef] | None = None,
+    tuned: Mapping[str, TensorRef] | None = None,
+) -> Layout:
+    """Slots for every changed target, its tied output, the zero pairs that complete families, and what is kept whole.
+
+    Args:
+        plan: what was meant to be adapted.
+        factored: names of the tensors that have factors.
+        own_ranks: the rank of these factors, where the plan has each written at its own.
+        changed: names of all tensors that differ from the base's.
+        base, tuned: the checkpoints' tensors, for what is kept whole.
+    """
+    own = [pair for pair in plan.adapted if pair.name in factored]
+    adapted = frozenset(pair.module for pair in own)
+    rules = targets.server_rules(plan.model_type, plan.dialect)
+    filled = adapted if rules.whole_families else {pair.module for pair in own if pair.kind in _STACKED}
+    zero = targets.families(plan.matrices, frozenset(filled))
+    moved = {place.module for name, place in plan.carried.items() if place.how == "bias" and name in changed}
+    zero |= moved - adapted  # a bias needs a pair that it can be the bias of
+    whole = tuple(carry.kept_modules(changed, plan.carried, tuned or {}))
+    if whole and not adapted | zero:
+        zero = frozenset({plan.adapted[0].module})  # PEFT loads no LoRA without a pair
+    stacks = _stacks(plan, adapted | zero)
+    stacked = {pair.module for pairs in stacks.values() for pair in pairs}
+    bare = stacked | _routers(plan, adapted | zero)
+    ranks = {pair.module: _slot_rank(plan, pair, (own_ranks or {}).get(pair.name, plan.rank)) for pair in own}
+    ranks |= {module: _slot_rank(plan, plan.matrices[module], 1) for module in zero}
+    slots = [
+        slot
+        for pair in own
+        if pair.module not in stacked
+        for slot in _pair_slots(plan, pair, ranks[pair.module], pair.name)
+    ]
+    slots += [slot for name, pairs in stacks.items() for slot in _stack_slots(plan, name, pairs, factored)]
+    slots += [
+        slot for module in zero - stacked for slot in _pair_slots(plan, plan.matrices[module], ranks[module], None)
+    ]
+    if plan.tied and plan.tied[0] in adapted:
+        source, output = plan.tied
+        ranks[output] = ranks[source]
+        pair = plan.matrices[source]
+        slots += pair_slots(output, pair, ranks[source], pair.name, embedding=False, transposed=False)
+        adapted |= {output}
+    if rules.unets_only:
+        slots = [renamed for slot in slots for renamed in kohya_slots(slot)]
+    parameters = {module: experts.parameter_of(module) for module in sorted(bare)}
+    turned = any(targets.is_transposed(module, plan.model_type) for module in adapted - bare)
+    kept = [*_whole(plan, whole, tuned or {})]
+    if moved:
+        kept += [_bias(plan, module, base or {}, tuned or {}) for module in adapted | zero]
+    if plan.tied and plan.tied[0] in whole:
+        whole += (plan.tied[1],)
+    return Layout(
+        tuple(sorted(slots, key=lambda slot: slot.key)),
+        adapted | zero,
+        zero,
+        turned,
+        {module: rank for module, rank in sorted(ranks.items()) if rank != plan.written_rank},
+        parameters,
+        tuple(sorted(kept, key=lambda item: item.key)),
+        whole,
+        bool(moved),
+    )
+
+
+def _whole(plan: Plan, modules: Sequence[str], tuned: Mapping[str, TensorRef]) -> Iterator[Kept]:
+    """Every tensor of these modules, and of the output that one of them is tied to."""
+    for name, ref in tuned.items():
+        module, _, leaf = name.rpartition(".")
+        if module not in modules:
+            continue
+        yield Kept(PREFIX + name, "F32" if ref.scale else ref.dtype, ref.shape, ref)
+        if plan.tied and module == plan.tied[0]:
+            yield Kept(f"{PREFIX}{plan.tied[1]}.{leaf}", "F32" if ref.scale else ref.dtype, ref.shape, ref)
+
+
+def _bias(plan: Plan, module: str, base: Mapping[str, TensorRef], tuned: Mapping[str, TensorRef]) -> Kept:
+    """The difference of a module's bias; zeros where it has none. PEFT looks for one beside every pair."""
+    name, pair = f"{module}.bias", plan.matrices[module]
+    rows = pair.shape[1] if targets.is_transposed(module, plan.model_type) else pair.rows
+    if name in base and name in tuned:
+        return Kept(f"{PREFIX}{module}.lora_B.bias", "F32", tuned[name].shape, tuned[name], base[name])
+    return Kept(f"{PREFIX}{module}.lora_B.bias", "F32", (rows,))
+
+
+def _stacks(plan: Plan, modules: frozenset[str]) -> dict[str, list[TensorPair]]:
+    """Parameter → the pairs of all its experts in order, where loaders take experts so."""
+    if not targets.takes_parameters(plan.model_type, plan.dialect):
+        return {}
+    found: dict[str, list[TensorPair]] = {}
+    pairs = [plan.matrices[module] for module in modules if plan.matrices[module].kind == "expert"]
+    for pair in sorted(pairs, key=lambda pair: experts.number_of(pair.module)):
+        found.setdefault(experts.parameter_of(pair.module), []).append(pair)
+    return found
+
+
+def _routers(plan: Plan, modules: frozenset[str]) -> set[str]:
+    """Those that are no linear layers in memory."""
+    bare = targets.takes_parameters(plan.model_type, plan.dialect)
+    return {module for module in modules if bare and plan.matrices[module].kind == "router"}
+
+
+def _stack_slots(plan: Plan, parameter: str, pairs: Sequence[TensorPair], changed: frozenset[str]) -> list[Slot]:
+    stack = tuple(pair.name if pair.name in changed else None for pair in pairs)
+    transposed = targets.is_transposed(parameter, plan.model_type)
+    width = plan.written_rank * len(pairs)
+    both = pair_slots(experts.wrapper_of(parameter), pairs[0], width, None, embedding=False, transposed=transposed)
+    return [replace(slot, stack=stack) for slot in both]
+
+
+def _slot_rank(plan: Plan, pair: TensorPair, own: int) -> int:
+    """Experts and routers keep the adapter's rank: PEFT stacks the ones and renames the others, and no pattern follows."""
+    return own if plan.per_tensor_ranks and pair.kind not in {"expert", "router"} else plan.written_rank
+
+
+def _pair_slots(plan: Plan, pair: TensorPair, rank: int, tensor: str | None) -> list[Slot]:
+    embedding = pair.kind == "embedding"
+    transposed = embedding or targets.is_transposed(pair.module, plan.model_type)
+    return pair_slots(pair.module, pair, rank, tensor, embedding=embedding, transposed=transposed)

@@ -1,0 +1,39 @@
+"""Which tensors are adapted: from a tensor's name and shape to its module, kind and orientation. Pure.
+
+Kinds come from names and shapes, as the field has come to spell them, not from a table per architecture; what *servers*
+take for a kind comes from `servers.toml`.
+"""
+
+from __future__ import annotations
+
+from phlora_pipeline.targets.families import families, target_modules
+from phlora_pipeline.targets.kinds import (
+    MATRIX_KINDS,
+    Kind,
+    kernel_refusal,
+    kind_of,
+    module_of,
+    resized,
+    shape_refusal,
+    tower_refusal,
+)
+from phlora_pipeline.targets.selection import EXCLUDED, Selection, Targets
+from phlora_pipeline.targets.servers import (
+    Dialect,
+    ServerRules,
+    dialects,
+    expert_names,
+    is_conv1d,
+    is_transposed,
+    model_types,
+    server_refusal,
+    server_rules,
+    takes_parameters,
+    written_rank,
+)
+
+__all__ = [
+    "EXCLUDED", "MATRIX_KINDS", "Dialect", "Kind", "Selection", "ServerRules", "Targets", "dialects", "expert_names",
+    "families", "is_conv1d", "is_transposed", "kernel_refusal", "kind_of", "model_types", "module_of", "resized",
+    "server_refusal", "server_rules", "shape_refusal", "takes_parameters", "target_modules", "tower_refusal", "written_rank",
+]  # fmt: skip

@@ -1,0 +1,125 @@
+"""From a tensor's name and shape to its module and kind, and whether it has a low-rank form at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Literal
+
+Kind = Literal[
+    "attention", "mlp", "expert", "router", "embedding", "lm_head", "linear", "conv", "norm", "bias", "other"
+]
+_NO_MODULE = "not the 2-D weight of a module that loaders find and apply by its name"
+_UNKNOWN_STACK = "experts in one tensor that cannot be told apart: its layout is not known for this type of model"
+MATRIX_KINDS: frozenset[Kind] = frozenset(
+    {"attention", "mlp", "expert", "router", "embedding", "lm_head", "linear", "conv"}
+)
+_EMBEDDING = re.compile(
+    r"^(embed_tokens|embed_in|tokens_embed|positions_embed|embed(ding)?s?|wte|wpe|shared|relative_attention_bias)$|_embeddings?$"
+)
+# Looked up by a forward of their own (OPT, BART, Whisper), by none (DeBERTa), or under another name in memory (GPT-NeoX):
+# a LoRA beside them fails, or is never asked.
+_TABLE = re.compile(r"^(embed_positions|rel_embeddings|embed_out)$")
+_HEAD = re.compile(r"(^|\.)(lm_head|output_projection|output_layer)$|^output$")
+_TOWER = re.compile(r"(^|\.)(vision\w*|visual|audio\w*|image\w*|multi_modal_projector|mm_projector|connector)\.")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_STACKED = re.compile(r"(^|\.)experts\.[a-z]\w*(\.weight)?$")
+_ROUTER = re.compile(r"\.(gate|router|router\.layer|shared_expert_gate)$")
+_NORM = re.compile(r"(norm\w*|(^|_)ln(_\w+)?\d*)$", re.IGNORECASE)
+_ATTENTION = re.compile(
+    r"(^|\.)(self_?attn\w*|\w*attention\w*|attn\w*)\.|(^|\.)([qkvo]_proj|qkv(_proj)?|query_key_value|w[qkvo]|W_pack|query|key|value)$"
+)
+_MLP = re.compile(
+    r"(^|\.)(mlp|feed_?forward|ffn?|intermediate|block_sparse_moe|shared_expert)\.|(^|\.)(gate_proj|up_proj|down_proj|gate_up_proj|fc\d|w[123]|lin[12]|dense_\w+)$|\.layers?\.\d+\.output\.dense$"
+)
+
+
+def module_of(name: str) -> str:
+    """A tensor's module, in PEFT's meaning: its name without `.weight`.
+
+    >>> module_of("model.layers.0.self_attn.q_proj.weight")
+    'model.layers.0.self_attn.q_proj'
+    """
+    return name.removesuffix(".weight")
+
+
+@lru_cache(1 << 16)  # fine-tunes of one base have the same names
+def kind_of(name: str, shape: Sequence[int]) -> Kind:
+    """What kind of layer a tensor belongs to.
+
+    >>> kind_of("model.layers.0.self_attn.q_proj.weight", (64, 64)), kind_of("lm_head.weight", (1000, 64))
+    ('attention', 'lm_head')
+    """
+    if name.endswith((".bias", "_bias")):
+        return "bias"
+    module = module_of(name)
+    leaf = module.rpartition(".")[2]
+    if len(shape) < 2:
+        return "norm" if _NORM.search(leaf) else "other"
+    if len(shape) == 3 and _STACKED.search(name):
+        return "expert"
+    if not name.endswith(".weight") or _TABLE.match(leaf):
+        return "other"
+    if len(shape) > 2:
+        return "conv" if len(shape) <= 5 else "other"
+    return _matrix_kind(module, leaf)
+
+
+def _matrix_kind(module: str, leaf: str) -> Kind:
+    if _HEAD.search(module):
+        return "lm_head"
+    if _EMBEDDING.search(leaf):
+        return "embedding"
+    if _EXPERT.search(module):
+        return "expert"
+    if _ROUTER.search(module):
+        return "router"
+    if _ATTENTION.search(module):
+        return "attention"
+    return "mlp" if _MLP.search(module) else "linear"
+
+
+def tower_refusal(name: str) -> str:
+    """Why a weight beside a multimodal model's language model is not adapted; empty for the language model's own."""
+    return (
+        "part of a tower beside the language model, which loaders rename or leave alone" if _TOWER.search(name) else ""
+    )
+
+
+def shape_refusal(shape: Sequence[int], kind: Kind, dtype: str) -> str:
+    """Why a tensor cannot be a LoRA target at all; empty where it can."""
+    if kind in {"norm", "bias"}:
+        return f"a {kind} has no low-rank form"
+    if kind == "other" or len(shape) != 2:
+        return _UNKNOWN_STACK if kind == "expert" else _NO_MODULE
+    if dtype not in {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}:
+        return f"stored as {dtype}, and not in floating point"
+    if 0 in shape:
+        return f"empty: shape {list(shape)}"
+    return ""
+
+
+def kernel_refusal(kernel: Sequence[int]) -> str:
+    """Why a convolution is not adapted, from its kernel (channels, height …); empty where it is."""
+    if kernel and kernel[0] == 1:
+        return "a kernel of one input channel: grouped or not, its shape does not tell, and PEFT's factors differ"
+    return ""
+
+
+def resized(shapes: Iterable[tuple[Kind, Sequence[int], Sequence[int]]]) -> frozenset[tuple[int, int]]:
+    """How the fine-tune's vocabularies were grown or shrunk: (rows in the base, rows in the fine-tune).
+
+    Told by embeddings and output matrices; whatever else changes its rows in just that way has a row per token, too.
+
+    Args:
+        shapes: kind, shape in the base, shape in the fine-tune, of each tensor.
+    """
+    return frozenset(
+        (base[0], tuned[0])
+        for kind, base, tuned in shapes
+        if kind in {"embedding", "lm_head"}
+        and len(base) == len(tuned) == 2
+        and base[0] != tuned[0]
+        and base[1] == tuned[1]
+    )
