@@ -52,7 +52,6 @@ LAYERS = [
         "reducer",
         "runlog",
         "verify",
-        "verify_kept",
         "logits",
         "convert",
         "calibrate",
