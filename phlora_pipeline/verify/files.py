@@ -22,6 +22,11 @@ _SMALL = 64 << 20
 
 
 def config_of(folder: str) -> dict[str, Any]:
+    """`adapter_config.json`.
+
+    Raises:
+        RequestError: it is not there, or is not that of a LoRA.
+    """
     info = storage.stat(storage.join(folder, adapter.CONFIG))
     if info is None:
         raise NotFoundError(
@@ -38,6 +43,11 @@ def config_of(folder: str) -> dict[str, Any]:
 
 
 def ranks_of(config: Mapping[str, Any], folder: str) -> loaders.Ranks:
+    """Each module's rank and scale.
+
+    Raises:
+        RequestError: the config gives none, or is of a kind that is not measured.
+    """
     if config.get("use_dora"):
         raise RequestError(
             f"{folder} uses use_dora, which verify does not measure",
@@ -52,16 +62,19 @@ def ranks_of(config: Mapping[str, Any], folder: str) -> loaders.Ranks:
 
 
 def promises_of(folder: str) -> dict[str, EnergyRow]:
+    """Module → its row of the manifest; empty where there is none."""
     url = storage.join(folder, reducer.MANIFEST)
     return {row.module: row for row in manifest.read(url)} if storage.stat(url) else {}
 
 
 def run_of(folder: str) -> dict[str, Any]:
+    """`run.json`; empty where there is none."""
     info = storage.stat(storage.join(folder, reducer.RUN))
     return reducer.run_record(info) if info else {}
 
 
 def dialect_of(run: Mapping[str, Any]) -> Dialect:
+    """For whom it was written; where nobody says, for PEFT."""
     named = run.get("settings", {}).get("dialect")
     return named if named in targets.dialects() else "peft"
 

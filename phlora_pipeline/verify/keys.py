@@ -16,6 +16,7 @@ from phlora_pipeline.verify.pairs import Pair
 
 
 def key_problems(pairs: Mapping[str, Pair], config: Mapping[str, Any], base: Checkpoint) -> Iterator[str]:
+    """Modules without a pair, and pairs without a module, as PEFT matches them."""
     modules = {targets.module_of(name) for name in base.tensors}
     wanted, parameters = config.get("target_modules") or [], config.get("target_parameters") or []
     for module in sorted(pairs):
@@ -29,6 +30,7 @@ def key_problems(pairs: Mapping[str, Pair], config: Mapping[str, Any], base: Che
 
 
 def broken_promises(pairs: Mapping[str, Pair], promised: Mapping[str, EnergyRow]) -> Iterator[str]:
+    """Pairs that the manifest promises and the file lacks."""
     for module, row in sorted(promised.items()):
         if row.status in {"adapted", "zero_filled"} and module not in pairs:
             yield f"the manifest says {module} is {row.status}, but the file has no pair for it"

@@ -23,6 +23,15 @@ _KEY = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Pair:
+    """Two factors of the file.
+
+    Attributes:
+        down, up: A and B, in the orientation that they are stored in.
+        embedding: whether they are an embedding's.
+        alpha: the tensor that holds it, in kohya's files.
+        expert, experts: which of how many, where they hold the factors of all experts.
+    """
+
     down: TensorRef
     up: TensorRef
     embedding: bool
@@ -51,6 +60,7 @@ class Factors:
 def pairs_of(
     tensors: Mapping[str, TensorRef], ranks: loaders.Ranks, parameters: Sequence[str]
 ) -> tuple[dict[str, Pair], list[str]]:
+    """Module → its pair, by PEFT's keys, and what is wrong with others. `parameters`: names of stacked experts."""
     sides: dict[str, dict[str, TensorRef]] = {}
     problems = []
     for key, ref in tensors.items():
@@ -103,6 +113,7 @@ def kohya_pairs(tensors: Mapping[str, TensorRef], base: Checkpoint) -> tuple[dic
 
 
 def scale_of(module: str, pair: Pair, ranks: loaders.Ranks) -> float:
+    """What B·A is multiplied by."""
     if pair.alpha is None:
         return ranks.scale(module)
     return float(read_tensors([pair.alpha])[0]) / pair.down.shape[0]
