@@ -10,19 +10,17 @@ from pathlib import Path
 import pytest
 
 
-# Two nights take four minutes on a quiet machine; on one that others share Ray loses what nobody killed.
-@pytest.mark.skipif(not os.environ.get("PHLORA_CHAOS"), reason="set PHLORA_CHAOS=1, or make chaos SEEDS=2")
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.s3
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(700)
 def test_two_nights_in_which_nodes_workers_and_the_driver_are_killed() -> None:
     """In a process of its own: a process can be in one Ray cluster only."""
     pytest.importorskip("ray")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_"))}
     done = subprocess.run(
         [sys.executable, "-m", "jobs.chaos", "--seeds", "2"],
-        cwd=Path(__file__).parents[2], env=clean, capture_output=True, text=True, timeout=460,
+        cwd=Path(__file__).parents[2], env=clean, capture_output=True, text=True, timeout=680,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     assert "2 of 2 nights as undisturbed" in done.stdout
