@@ -64,7 +64,7 @@ class TestHeaders:
 
     def test_experts_are_adapted(self, zoo: night.Models) -> None:
         kinds = {pair.kind for task in zoo["experts-00"] if task.block.purpose == "factor" for pair in task.block.pairs}
-        assert kinds == {"attention", "expert"}
+        assert kinds == {"attention", "expert", "embedding", "lm_head"}
 
 
 class TestFleet:

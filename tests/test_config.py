@@ -38,7 +38,7 @@ PAIR = {"base": "/models/base", "tuned": "/models/tuned", "out": "/adapters/a"}
         ({"dtype": "int8"}, "dtype: "),
         ({"solver": "magic"}, "solver: "),
         ({"engine": "spark"}, "engine: "),
-        ({"dialect": "vllm"}, "dialect: "),
+        ({"dialect": "tgi"}, "dialect: "),
         ({"workers": -1}, "workers: "),
         ({"threads": -1}, "threads: "),
         ({"base_name": "/home/me/llama"}, "not a path"),
