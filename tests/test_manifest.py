@@ -70,7 +70,7 @@ def test_damage_is_not_copied(tmp_path: Path) -> None:
     rows = [replace(ADAPTED, tensor=f"t{number}", delta_norm=number * 0.37) for number in range(500)]
     whole = manifest.to_parquet(rows, model="m", base="b")
     path.write_bytes(whole)
-    copied, refused = manifest.without_names(str(path)), 0
+    copied, refused = manifest.without_names(str(path)), []
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")  # texts, which have no checksum
     for at in range(100, footer, 97):  # some bits of page headers mean nothing
         data = bytearray(whole)
@@ -79,9 +79,9 @@ def test_damage_is_not_copied(tmp_path: Path) -> None:
         try:
             assert manifest.without_names(str(path)) == copied, at
         except CheckpointError as error:
-            assert "not a readable manifest" in str(error)
-            refused += 1
-    assert refused > 20
+            refused.append(str(error))
+    assert len(refused) > 20
+    assert all("not a readable manifest" in told for told in refused)
     with pytest.raises(NotFoundError):
         manifest.without_names(str(tmp_path / "none"))
 
