@@ -7,10 +7,13 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from phlora_pipeline import submit
 
 GPUS = 8
 """Of each node, in name only."""
@@ -47,7 +50,11 @@ class FakeCluster:
     def add(self, count: int = 1) -> None:
         """More nodes, of two processors and `GPUS` GPUs."""
         for _ in range(count):
-            self.nodes.append(self.cluster.add_node(num_cpus=2, num_gpus=GPUS, object_store_memory=80 << 20))
+            self.nodes.append(
+                self.cluster.add_node(
+                    num_cpus=2, num_gpus=GPUS, object_store_memory=80 << 20, dashboard_agent_listen_port=0
+                )
+            )
 
     def kill(self, node: Any) -> None:
         """Its raylet at once; its workers follow."""
@@ -78,6 +85,7 @@ def running_cluster(nodes: int, *, dashboard: bool = False) -> Iterator[FakeClus
             head = {
                 "num_cpus": 0, "num_gpus": 0, "object_store_memory": 80 << 20, "temp_dir": folder,
                 "include_dashboard": dashboard, "dashboard_host": "127.0.0.1", "dashboard_port": port,
+                "dashboard_agent_listen_port": 0,  # by itself the same for every cluster of a machine
             }  # fmt: skip
             cluster = FakeCluster(
                 Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=True),
@@ -85,6 +93,8 @@ def running_cluster(nodes: int, *, dashboard: bool = False) -> Iterator[FakeClus
             )
             try:
                 cluster.add(nodes)
+                if dashboard:
+                    await_jobs(cluster.dashboard)
                 yield cluster
             finally:
                 cluster.cluster.shutdown()
@@ -100,6 +110,17 @@ def kill(pid: int) -> None:
     """At once, if it is still there."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def await_jobs(dashboard: str, alive: Callable[[], bool] = lambda: True) -> None:
+    """Until a cluster takes a job: the agent that starts them is the last to come."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and alive():
+        with contextlib.suppress(Exception):  # refused connections first, half-started answers then
+            submit._client(dashboard).submit_job(entrypoint="true")
+            return
+        time.sleep(0.3)
+    raise RuntimeError(f"the cluster at {dashboard} takes no jobs")
 
 
 def _free_port() -> int:

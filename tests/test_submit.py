@@ -24,6 +24,7 @@ import pytest
 from phlora_pipeline import submit
 from phlora_pipeline.errors import DeviceError, RequestError
 from tests import toys
+from tests.ray_cluster import await_jobs
 from tests.s3_server import _dies_with_us
 
 
@@ -68,14 +69,10 @@ def free_ports(count: int) -> list[int]:
 
 
 def await_cluster(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
-    """Until it takes a job: the agent that starts them is the last to come."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and head.poll() is None:
-        with contextlib.suppress(Exception):  # refused connections first, half-started answers then
-            submit._client(address).submit_job(entrypoint="true")
-            return
-        time.sleep(0.3)
-    raise RuntimeError(f"Ray does not start:\n{log.read_text(errors='replace')[-4000:]}")
+    try:
+        await_jobs(address, alive=lambda: head.poll() is None)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}:\n{log.read_text(errors='replace')[-4000:]}") from error
 
 
 class Toy:
