@@ -173,6 +173,7 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
         chosen, left_out, carried = keep_whole(chosen, left_out, tuned.tensors, settings.selection)
     if not chosen:
         raise _nothing_matches(left_out, unread)
+    reached = {pair.module for pair in chosen} | {targets.module_of(name) for name in carried}
     if rules.unets_only:
         _require_names_apart(chosen)
     extraction_id = digest_of(
@@ -216,9 +217,7 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
         dialect=settings.dialect,
         model_type=rules.model_type,
         modules=tuple(sorted({targets.module_of(name) for name in tuned.tensors})),
-        tied=tied
-        if tied and any(pair.module == tied[0] for pair in pairs if pair in chosen or pair.name in carried)
-        else None,
+        tied=tied if tied and tied[0] in reached else None,
         carried=carried,
         rank=settings.rank,
         written_rank=written,
