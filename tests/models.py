@@ -111,6 +111,14 @@ def adapted(base: nn.Module, adapter: Path) -> PeftModel:
     return PeftModel.from_pretrained(copy.deepcopy(base), str(adapter)).eval()
 
 
+def loaded(base: nn.Module, adapter: Path) -> PeftModel:
+    """By PEFT, which has a place for every key and a key for every place: it drops and makes up keys without an error."""
+    model = adapted(base, adapter)
+    keys = model.load_adapter(str(adapter), "again")
+    assert (keys.missing_keys, keys.unexpected_keys) == ([], [])
+    return model
+
+
 @torch.no_grad()
 def outputs(model: nn.Module) -> Tensor:
     """Logits on fixed tokens: each of the vocabulary once."""

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from torch import nn
 from transformers import PreTrainedModel
 
 from phlora_pipeline import targets
@@ -41,14 +39,6 @@ def decaying(base: PreTrainedModel) -> PreTrainedModel:
     return tuned
 
 
-def loaded(base: nn.Module, adapter: Path) -> PeftModel:
-    """With a place for every key and a key for every place."""
-    model = models.adapted(base, adapter)
-    keys = model.load_adapter(str(adapter), "again")
-    assert (keys.missing_keys, keys.unexpected_keys) == ([], [])
-    return model
-
-
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "bert", "gpt2", "mixtral", "qwen3-moe"])
 def test_own_ranks_are_the_uniform_adapter(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, rules = models.MODELS[name](), targets.server_rules
@@ -64,7 +54,7 @@ def test_own_ranks_are_the_uniform_adapter(name: str, tmp_path: Path, monkeypatc
     assert not any(".experts" in key for key in config["rank_pattern"])
     assert json.loads((tmp_path / "uniform" / "adapter_config.json").read_text())["rank_pattern"] == {}
     dtype = torch.float32 if name in {"mixtral", "qwen3-moe"} else torch.float64  # experts' kernel knows no float64
-    own, even = (models.outputs(loaded(base, tmp_path / which).to(dtype)) for which in ("own", "uniform"))
+    own, even = (models.outputs(models.loaded(base, tmp_path / which).to(dtype)) for which in ("own", "uniform"))
     assert models.distance(own, even) < (1e-5 if dtype == torch.float32 else 1e-9)
     assert models.distance(own, models.outputs(base.to(dtype))) > 0.1
     sizes = {which: (tmp_path / which / "adapter_model.safetensors").stat().st_size for which in ("own", "uniform")}
@@ -76,7 +66,7 @@ def test_peft_gives_each_layer_the_rank_and_the_scale_that_the_file_has(tmp_path
     folders = models.save(base, tmp_path / "base"), models.save(decaying(base), tmp_path / "tuned")
     runs.extract(*folders, tmp_path / "out", dialect="vllm", energy=0.8)
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    model = loaded(base, tmp_path / "out")
+    model = models.loaded(base, tmp_path / "out")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     assert len(layers) == len(tensors) // 2
     assert len({layer.r["default"] for layer in layers.values()}) > 2

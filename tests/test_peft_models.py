@@ -69,21 +69,13 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> MakePair:
     return make
 
 
-def load(base: nn.Module, adapter: Path) -> PeftModel:
-    """By PEFT, which has a place for every key and a key for every place: it drops and makes up keys without an error."""
-    model = models.adapted(base, adapter)
-    keys = model.load_adapter(str(adapter), "again")
-    assert (keys.missing_keys, keys.unexpected_keys) == ([], [])
-    return model
-
-
 @pytest.mark.parametrize("name", models.MODELS)
 def test_full_rank_for_peft_is_the_fine_tune(name: str, make_pair: MakePair, tmp_path: Path) -> None:
     pair = make_pair(name, models.matrices)
     wanted = models.outputs(pair.tuned)
     assert models.distance(models.outputs(pair.base), wanted) > 0.1
     runs.extract(pair.base_folder, pair.tuned_folder, tmp_path, rank=FULL, dialect="peft")
-    assert models.distance(models.outputs(load(pair.base, tmp_path)), wanted) < 1e-4
+    assert models.distance(models.outputs(models.loaded(pair.base, tmp_path)), wanted) < 1e-4
     assert verify(str(pair.base_folder), str(pair.tuned_folder), str(tmp_path)).passed
 
 
@@ -93,7 +85,7 @@ def completed(pair: Pair, dialect: str, folder: Path) -> PeftModel:
     runs.extract(pair.base_folder, pair.tuned_folder, out, rank=FULL, dialect=dialect)
     left_out = [row.tensor for row in runs.rows(out).values() if row.status == "skipped"]
     base = models.with_tensors_of(pair.base_folder, pair.tuned_folder, left_out, folder / "completed")
-    return load(type(pair.base).from_pretrained(base).eval(), out)
+    return models.loaded(type(pair.base).from_pretrained(base).eval(), out)
 
 
 @pytest.mark.parametrize(("name", "dialect"), FOR_WHOM)
@@ -102,7 +94,7 @@ def test_what_is_left_out_is_the_whole_difference(name: str, dialect: str, make_
     pair = make_pair(name, models.everything)
     wanted = models.outputs(pair.tuned)
     assert models.distance(models.outputs(completed(pair, dialect, tmp_path)), wanted) < 1e-4
-    assert models.distance(models.outputs(load(pair.base, tmp_path / "adapter")), wanted) > 1e-2
+    assert models.distance(models.outputs(models.loaded(pair.base, tmp_path / "adapter")), wanted) > 1e-2
     assert verify(str(pair.base_folder), str(pair.tuned_folder), str(tmp_path / "adapter")).passed
 
 
@@ -139,20 +131,20 @@ def test_a_number_is_no_name_of_a_target(tmp_path: Path) -> None:
             if isinstance(one, nn.Linear):
                 one.bias.copy_(other.bias)
         x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
-        assert models.distance(load(base, tmp_path / "out")(x), tuned(x)) < 1e-4
+        assert models.distance(models.loaded(base, tmp_path / "out")(x), tuned(x)) < 1e-4
 
 
 def test_portable_at_full_rank_is_the_fine_tune(make_pair: MakePair, tmp_path: Path) -> None:
     """An untied Llama's embeddings and head are taken by every server, so nothing at all is lost."""
     pair = make_pair("llama", models.matrices)
     result = runs.extract(pair.base_folder, pair.tuned_folder, tmp_path, rank=FULL)
-    assert models.distance(models.outputs(load(pair.base, tmp_path)), models.outputs(pair.tuned)) < 1e-4
+    assert models.distance(models.outputs(models.loaded(pair.base, tmp_path)), models.outputs(pair.tuned)) < 1e-4
     assert result.summary.coverage == 1
     assert result.summary.skipped == 0
 
 
 def test_pefts_silence_would_be_noticed(make_pair: MakePair, tmp_path: Path) -> None:
-    """The check of keys in `load` can fail: PEFT itself raises nothing for a key that fits nowhere."""
+    """The check of keys in `models.loaded` can fail: PEFT itself raises nothing for a key that fits nowhere."""
     pair = make_pair("llama", models.matrices)
     runs.extract(pair.base_folder, pair.tuned_folder, tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
@@ -231,7 +223,7 @@ def test_families_are_whole_and_zero_pairs_change_nothing(make_pair: MakePair, t
     status = {row.module: row.status for row in runs.rows(tmp_path).values()}
     assert {module for module, found in status.items() if found == "zero_filled"} == everywhere - changed
     assert {module for module, found in status.items() if found == "adapted"} == changed
-    assert models.distance(models.outputs(load(pair.base, tmp_path)), models.outputs(pair.tuned)) < 1e-4
+    assert models.distance(models.outputs(models.loaded(pair.base, tmp_path)), models.outputs(pair.tuned)) < 1e-4
 
 
 def test_one_changed_expert_gives_every_expert_a_pair(make_pair: MakePair, tmp_path: Path) -> None:
@@ -252,7 +244,7 @@ def test_one_changed_expert_gives_every_expert_a_pair(make_pair: MakePair, tmp_p
     changed = "model.layers.1.block_sparse_moe.experts.2.w2"
     assert {module for module, found in status.items() if found == "adapted"} == {changed}
     assert {module for module, found in status.items() if found == "zero_filled"} == experts - {changed}
-    assert models.distance(models.outputs(load(base, out)), models.outputs(tuned)) < 1e-4
+    assert models.distance(models.outputs(models.loaded(base, out)), models.outputs(tuned)) < 1e-4
 
 
 def test_a_tied_delta_is_on_both_ends_for_peft(make_pair: MakePair, tmp_path: Path) -> None:
@@ -264,7 +256,7 @@ def test_a_tied_delta_is_on_both_ends_for_peft(make_pair: MakePair, tmp_path: Pa
     head = (tensors[f"base_model.model.lm_head.lora_{side}.weight"] for side in "BA")
     A, B = embedding
     assert torch.equal(A.mT @ B.mT, torch.matmul(*head))
-    model = load(pair.base, tmp_path)
+    model = models.loaded(pair.base, tmp_path)
     assert models.distance(models.outputs(model), models.outputs(pair.tuned)) < 1e-4
     with torch.no_grad():
         model.get_submodule("base_model.model.lm_head.lora_B.default").weight.zero_()
