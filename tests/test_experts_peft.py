@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from phlora_pipeline.verify import verify
 from tests import models, runs
-from tests.test_peft_models import FULL, Pair, load, pytestmark
+from tests.test_peft_models import FULL, Pair, pytestmark
 
 __all__ = ["pytestmark"]
 
@@ -55,7 +55,7 @@ def saved(base: PreTrainedModel, tuned: PreTrainedModel, folder: Path, *, as_in_
 
 
 def assert_is_the_fine_tune(base: PreTrainedModel, pair: Pair, out: Path) -> None:
-    assert models.distance(models.outputs(load(base, out)), models.outputs(pair.tuned)) < 1e-4
+    assert models.distance(models.outputs(models.loaded(base, out)), models.outputs(pair.tuned)) < 1e-4
     assert verify(str(pair.base_folder), str(pair.tuned_folder), str(out)).passed
 
 
@@ -160,7 +160,7 @@ def test_biases_of_experts_are_told_and_are_the_whole_difference(make_pair: Make
     by_hand = models.with_tensors_of(pair.base_folder, pair.tuned_folder, left_out, tmp_path / "completed")
     completed = type(pair.base).from_pretrained(by_hand).eval()
     assert_is_the_fine_tune(completed, pair, out)
-    assert models.distance(models.outputs(load(pair.base, out)), models.outputs(pair.tuned)) > 1e-2
+    assert models.distance(models.outputs(models.loaded(pair.base, out)), models.outputs(pair.tuned)) > 1e-2
 
 
 @pytest.mark.parametrize("dialect", ["peft", "portable"])
