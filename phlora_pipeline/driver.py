@@ -10,10 +10,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from phlora_pipeline import __version__
 from phlora_pipeline.dispatch import MAX_ATTEMPTS, Dispatcher
 from phlora_pipeline.engine import Engine, Job, Listener, Resources, run_local, words
 from phlora_pipeline.errors import DeviceError, PhloraError
@@ -30,11 +32,76 @@ GROW_SECONDS = 5.0
 REST_SECONDS = 5.0
 """A worker that has said nothing for so long is asked whether it is there: if it died in its sleep, its next task did not kill it."""
 
+LOOK_SECONDS = 60.0
+"""How long a node is waited for that is asked what it has."""
+
 MAX_DESKS = 3
 """Processes that a job may lose before its listener is told."""
 
 MAX_LOSSES = 10
 """Nodes that a task may lose before it is taken to be at fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A cluster as it is now.
+
+    Attributes:
+        version: its Ray's, which is this process's, or it could not have been joined.
+        nodes: how many are alive.
+        gpus, processors: of them all.
+        strangers: nodes on which this package is missing, or of another version, each in words.
+    """
+
+    version: str
+    nodes: int
+    gpus: float
+    processors: float
+    strangers: tuple[str, ...]
+
+
+def version() -> str:
+    """Of the Ray that is installed here."""
+    import ray
+
+    return str(ray.__version__)
+
+
+def look() -> Seen:
+    """Join the cluster that `run_ray` would, and look at it and its nodes.
+
+    Raises:
+        DeviceError: there is none, or it is of another version.
+    """
+    import ray
+
+    with _cluster(ray):
+        return _seen(ray)
+
+
+def _seen(ray: Any) -> Seen:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = ray.cluster_resources()
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    asked = ray.remote(num_cpus=0, max_retries=0)(_package)
+    calls = {
+        node: asked.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+        for node in nodes
+    }
+    strangers = []
+    for node, call in calls.items():
+        try:
+            found = ray.get(call, timeout=LOOK_SECONDS)
+        except ray.exceptions.RayError as error:
+            found = words(getattr(error, "cause", None) or error)
+        if found != _package():
+            strangers.append(f"node {nodes[node]}: {found}, here {_package()}")
+    return Seen(version(), len(nodes), there.get("GPU", 0), there.get("CPU", 0), tuple(strangers))
+
+
+def _package() -> str:
+    return f"phlora-pipeline {__version__}, torch {torch.__version__.partition('+')[0]}"
 
 
 def engine(name: str, device: str, tasks: int) -> Engine:

@@ -123,6 +123,24 @@ def submit(
     return _Job(client, name, say).followed() if wait else Submitted(name, "PENDING")
 
 
+def version(address: str) -> str:
+    """Of the Ray behind a dashboard.
+
+    Raises:
+        DeviceError: there is no dashboard there.
+    """
+    client = _client(address)
+    try:
+        # The public get_version is of the interface, which has been the same for years.
+        told = client._do_request("GET", "/api/version").json()  # noqa: SLF001
+        return str(told["ray_version"])
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
+        raise DeviceError(
+            f"{address} does not tell its version, as a Ray dashboard does: {one_line(error)}",
+            remedy="give the dashboard's address: http://HEAD:8265",
+        ) from error
+
+
 def _there(zoo: str, folder: str) -> str:
     """What the zoo.yaml is called in the job."""
     url = storage.normalize(zoo)

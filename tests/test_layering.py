@@ -56,7 +56,7 @@ LAYERS = [
         "convert",
         "calibrate",
     },
-    {"pipeline", "zoo", "submit"},
+    {"pipeline", "zoo", "submit", "doctor"},
     {"cli", "console", "render", "__main__"},
 ]
 HOMES = {

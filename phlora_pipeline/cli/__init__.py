@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from phlora_pipeline import __version__, render
-from phlora_pipeline.cli import extraction, zoo
+from phlora_pipeline.cli import doctor, extraction, zoo
 from phlora_pipeline.cli.loading import loading as _loading
 from phlora_pipeline.errors import PhloraError
 
@@ -39,7 +39,7 @@ app = typer.Typer(
 for _panel, _commands in {
     _ONE: (extraction.extract, extraction.plan, extraction.verify),
     _ZOO: (
-        zoo.init, zoo.run, zoo.submit, zoo.status, zoo.explain, zoo.retry, zoo.rollback, zoo.pull, zoo.gc,
+        zoo.init, doctor.doctor, zoo.run, zoo.submit, zoo.status, zoo.explain, zoo.retry, zoo.rollback, zoo.pull, zoo.gc,
     ),
     _MORE: (extraction.convert, extraction.calibrate),
 }.items():  # fmt: skip

@@ -1,5 +1,6 @@
 """Results in words and tables, or as one JSON object, on stdout."""
 
+from phlora_pipeline.render.doctor import finding_record, show_finding
 from phlora_pipeline.render.extraction import plan_record, show_plan, show_profile, show_result, show_verification
 from phlora_pipeline.render.text import json_object, line, printable, show_error
 from phlora_pipeline.render.zoo import (
@@ -13,6 +14,7 @@ from phlora_pipeline.render.zoo import (
 )
 
 __all__ = [
+    "finding_record",
     "json_object",
     "line",
     "night_record",
@@ -20,6 +22,7 @@ __all__ = [
     "printable",
     "show_error",
     "show_explanation",
+    "show_finding",
     "show_forecast",
     "show_garbage",
     "show_night",

@@ -86,8 +86,8 @@ class Store(Protocol):
     def read_into(self, piece: ByteRange) -> None:
         """Fill `piece.into`, or raise: `SourceChangedError` where the content is not the planned one."""
 
-    def put_new(self, url: str, chunks: Chunks, size: int) -> PutOutcome:
-        """Create the object whole, only if there is none."""
+    def put_new(self, url: str, chunks: Chunks, size: int, *, in_parts: bool = False) -> PutOutcome:
+        """Create the object whole, only if there is none; `in_parts`: as a large one is, whatever its size."""
 
     def swap(self, url: str, data: bytes, expected: ObjectInfo | None) -> bool:
         """Replace a small object whole, only if it still is `expected`, or create it, only if there is none."""

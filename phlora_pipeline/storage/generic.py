@@ -97,7 +97,7 @@ class FsspecStore:
                 raise changed(piece.url, piece.etag, seen.etag if seen else "nothing")
         piece.into[:] = data
 
-    def put_new(self, url: str, chunks: Chunks, size: int) -> PutOutcome:
+    def put_new(self, url: str, chunks: Chunks, size: int, *, in_parts: bool = False) -> PutOutcome:
         raise self._read_only(url)
 
     def swap(self, url: str, data: bytes, expected: ObjectInfo | None) -> bool:

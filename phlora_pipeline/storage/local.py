@@ -75,7 +75,7 @@ class LocalStore:
         if piece.etag and seen != piece.etag:
             raise changed(piece.url, piece.etag, seen)
 
-    def put_new(self, url: str, chunks: Chunks, size: int) -> PutOutcome:
+    def put_new(self, url: str, chunks: Chunks, size: int, *, in_parts: bool = False) -> PutOutcome:
         folder, temporary = os.path.dirname(url), _temporary(url)
         with _errors(url):
             os.makedirs(folder, exist_ok=True)

@@ -104,8 +104,8 @@ class S3Store:
 
         run(piece.url, attempt)
 
-    def put_new(self, url: str, chunks: Chunks, size: int) -> PutOutcome:
-        create = self._put_single if size <= SINGLE_PUT_BYTES else self._put_parts
+    def put_new(self, url: str, chunks: Chunks, size: int, *, in_parts: bool = False) -> PutOutcome:
+        create = self._put_parts if in_parts or size > SINGLE_PUT_BYTES else self._put_single
         if create(url, chunks):
             return "created"
         found = self.stat(url)

@@ -112,7 +112,9 @@ def _sorted_answer(url: str, error: ClientError) -> Exception:
 
 
 def _denied(url: str, told: str) -> CredentialsError:
-    return CredentialsError(f"{url}: access denied ({told})", remedy="check the credentials and the bucket's policy")
+    skewed = told == "RequestTimeTooSkewed"
+    remedy = "set this machine's clock (NTP)" if skewed else "check the credentials and the bucket's policy"
+    return CredentialsError(f"{url}: access denied ({told})", remedy=remedy)
 
 
 def _no_bucket(url: str) -> NotFoundError:

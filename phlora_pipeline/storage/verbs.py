@@ -123,16 +123,22 @@ def sha256(info: ObjectInfo) -> str:
     return digest.hexdigest()
 
 
-def put_new(url: str, body: bytes | Chunks, *, size: int | None = None) -> PutOutcome:
+def put_new(url: str, body: bytes | Chunks, *, size: int | None = None, in_parts: bool = False) -> PutOutcome:
     """Create an object whole, only if there is none; the answer tells what stands there now.
 
     A lost response is no failure: where the object turns out to be there, it is read back and compared.
+
+    Args:
+        url: the object.
+        body: its bytes, or what produces them.
+        size: of what is produced.
+        in_parts: as a large object is, in several requests, whatever its size: to try whether the store does that.
     """
     if isinstance(body, bytes):
         data = body
-        return _store_of(url).put_new(url, lambda: iter([data]), len(data))
+        return _store_of(url).put_new(url, lambda: iter([data]), len(data), in_parts=in_parts)
     assert size is not None, "a streamed body needs its size"
-    return _store_of(url).put_new(url, body, size)
+    return _store_of(url).put_new(url, body, size, in_parts=in_parts)
 
 
 def swap(url: str, data: bytes, expected: ObjectInfo | None) -> bool:
