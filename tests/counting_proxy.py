@@ -18,6 +18,8 @@ Fault = Literal["expired", "busy", "lost", "refuse", "hang"]
 """`expired`: the credentials are. `busy`: 503. `lost`: the server does as it is told, and its answer does not arrive.
 `refuse`: the connection is cut. `hang`: nothing comes for as long as the proxy lives."""
 
+Headers = list[tuple[str, str]]
+
 _CODES = {"expired": (403, "ExpiredToken"), "busy": (503, "SlowDown")}
 _HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "content-length"}
 
@@ -53,6 +55,8 @@ class Proxy:
         creations: key → how often a create-only put of it was accepted, and how often refused.
         fault: what to do to a request; None for nothing.
         delay: seconds that a request is held up.
+        passed_on: (verb, path, headers, body) of a request → the headers that the server gets.
+        passed_back: the same for the headers of an answer.
     """
 
     endpoint: str = ""
@@ -62,6 +66,8 @@ class Proxy:
     creations: Counter[tuple[str, bool]] = field(default_factory=Counter)
     fault: Callable[[Request], Fault | None] = lambda _: None
     delay: Callable[[Request], float] = lambda _: 0.0
+    passed_on: Callable[[str, str, Headers, bytes], Headers] = lambda _verb, _path, headers, _body: headers
+    passed_back: Callable[[Headers], Headers] = lambda headers: headers
     requests: list[Request] = field(default_factory=list)
     closing: threading.Event = field(default_factory=threading.Event)
     _ends: dict[str, int] = field(default_factory=dict)  # shard → where its header ends
@@ -189,15 +195,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forwarded(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         self._behind.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-        for name, value in self.headers.items():  # the host too: it is signed
-            if name.lower() not in _HOP:
+        for name, value in self.proxy.passed_on(self.command, self.path, list(self.headers.items()), body):
+            if name.lower() not in _HOP:  # the host stays: it is signed
                 self._behind.putheader(name, value)
         self._behind.putheader("Content-Length", str(len(body)))
         self._behind.endheaders(body)
         answer = self._behind.getresponse()
         # A HEAD's length is that of the body that it does not have.
         kept = _HOP - {"content-length"} if self.command == "HEAD" else _HOP
-        return answer.status, [item for item in answer.getheaders() if item[0].lower() not in kept], answer.read()
+        headers = self.proxy.passed_back(answer.getheaders())
+        return answer.status, [item for item in headers if item[0].lower() not in kept], answer.read()
 
     def _refuse(self, status: int, code: str) -> None:
         told = (

@@ -11,7 +11,7 @@ from phlora_pipeline import zoofile
 from phlora_pipeline.doctor.cluster import elsewhere, of_ray
 from phlora_pipeline.doctor.finding import Finding, examined, exit_code
 from phlora_pipeline.doctor.here import of_machine
-from phlora_pipeline.doctor.places import of_bases, of_models, of_output
+from phlora_pipeline.doctor.places import of_storage
 from phlora_pipeline.zoofile import RunSettings, ZooConfig
 
 __all__ = ["Finding", "examine", "exit_code"]
@@ -31,9 +31,7 @@ def examine(zoo: str, address: str = "") -> Iterator[Finding]:
     yield from of_machine(device=None if elsewhere(address, run) else run.device)
     yield from of_ray(address, run)
     for config in configs:
-        yield from of_output(config.output)
-        yield from of_bases(config)
-        yield from of_models(config)
+        yield from of_storage(config)
 
 
 def _loaded(zoo: str, into: list[ZooConfig]) -> str:

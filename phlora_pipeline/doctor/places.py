@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator
+from functools import partial
 
 from phlora_pipeline import storage
 from phlora_pipeline.checkpoint import open_checkpoint
@@ -15,7 +16,6 @@ from phlora_pipeline.errors import (
     PhloraError,
     StorageError,
     UnsupportedStoreError,
-    one_line,
 )
 from phlora_pipeline.storage import ByteRange, ObjectInfo
 from phlora_pipeline.summary import size
@@ -33,13 +33,23 @@ SLIGHT_SKEW_SECONDS = 30.0
 ROOM = 1 << 30
 """Free bytes below which an output counts as full: two adapters of an 8B model."""
 
+_NO_ANSWER = {CredentialsError.exit_code, StorageError.exit_code}
+_BECAUSE = "because of output: list"
 _WHY_ONCE = "two nights that overlap could overwrite each other's adapters"
 
 
-def of_output(out: str) -> Iterator[Finding]:
-    """Whether a night could write there. Writes three small objects under `_parts/doctor/`, and removes them."""
-    listing = examined("output: list", lambda: _listed(out))
+def of_storage(config: ZooConfig) -> Iterator[Finding]:
+    """All places of a zoo."""
+    listing = examined("output: list", lambda: _listed(config.output))
     yield listing
+    yield from _of_output(config.output, listing)
+    shut = _root(config.output) if listing.exit_code in _NO_ANSWER else ""
+    yield from _of_bases(config, shut)
+    yield from _of_models(config, shut)
+
+
+def _of_output(out: str, listing: Finding) -> Iterator[Finding]:
+    """Whether a night could write there. Writes three small objects under `_parts/doctor/`, and removes them."""
     folder = storage.join(out, layout.PARTS, PROBES, secrets.token_hex(16))
     looks = {
         "output: create once": lambda: _once(storage.join(folder, "once"), in_parts=False),
@@ -51,26 +61,32 @@ def of_output(out: str) -> Iterator[Finding]:
     }
     wrong = listing
     for check, look in looks.items():
-        # Who is not let in, or gets no answer, is told so once and not seven times.
+        # Who is not let in, or gets no answer, is told so once and not nine times.
         if wrong.state == "wrong":
             yield skipped(check, f"because of {wrong.check}")
             continue
         found = examined(check, look)
         yield found
-        if found.exit_code in {CredentialsError.exit_code, StorageError.exit_code} and check != "clock":
+        if found.exit_code in _NO_ANSWER and check != "clock":
             wrong = found
     if wrong.state == "wrong" and wrong is not listing:
         _tidied(folder)
 
 
-def of_bases(config: ZooConfig) -> Iterator[Finding]:
-    """Whether each base is there, and whole: by its listing and headers, read in ranges."""
+def _of_bases(config: ZooConfig, shut: str) -> Iterator[Finding]:
+    """Whether each base is there, and whole: by its listing and headers, read in ranges. `shut`: a bucket that lets nobody in."""
     for name, base in config.bases.items():
-        yield examined(f"base {name}", lambda url=base.url: _base(url))  # type: ignore[misc]  # mypy has no default there
+        if _root(base.url) == shut:
+            yield skipped(f"base {name}", _BECAUSE)
+        else:
+            yield examined(f"base {name}", partial(_base, base.url))
 
 
-def of_models(config: ZooConfig) -> Iterator[Finding]:
+def _of_models(config: ZooConfig, shut: str) -> Iterator[Finding]:
     """Whether the fine-tunes can be listed and read: one of each place."""
+    if shut in {_root(place.prefix) for place in config.discover} | {_root(model.url) for model in config.models}:
+        yield skipped("models: list", _BECAUSE)
+        return
     entries: list[Entry] = []
 
     def listed() -> str | Worry:
@@ -88,9 +104,15 @@ def of_models(config: ZooConfig) -> Iterator[Finding]:
         check = f"models: read {place or 'what is listed by hand'}"
         among = [entry for entry in entries if not entry.problem and (within(entry.url, place) if place else True)]
         if among:
-            yield examined(check, lambda url=among[0].url: _ranged(url))  # type: ignore[misc]
+            yield examined(check, partial(_ranged, among[0].url))
         else:
             yield skipped(check, f"because of {listing.check}" if listing.state == "wrong" else "there is none to try")
+
+
+def _root(url: str) -> str:
+    """Of a URL, the scheme and the bucket; of a path nothing but its beginning."""
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}" if rest else "/"
 
 
 def _listed(out: str) -> str:
@@ -184,4 +206,4 @@ def _ranged(url: str) -> str:
     largest = max(infos, key=lambda info: info.size)
     into = memoryview(bytearray(min(8, largest.size)))
     storage.read_ranges([ByteRange(largest.url, largest.etag, largest.size - len(into), into)])
-    return f"a range of {one_line(ValueError(largest.url))} was read"
+    return f"a range of {largest.url} was read"
