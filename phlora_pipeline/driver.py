@@ -20,6 +20,7 @@ from phlora_pipeline.dispatch import MAX_ATTEMPTS, Dispatcher
 from phlora_pipeline.engine import Engine, Job, Listener, Resources, run_local, words
 from phlora_pipeline.errors import DeviceError, PhloraError
 from phlora_pipeline.extract import TaskReport, Worker
+from phlora_pipeline.metrics import BUCKETS, METRICS, Metric, Sample
 from phlora_pipeline.plan import Task
 from phlora_pipeline.pool import Pool
 
@@ -125,6 +126,7 @@ def run_ray(tasks: Iterable[Task], resources: Resources, listener: Listener) -> 
 
     torch.set_num_threads(resources.threads)  # what follows in this process sums as after `run_local`
     with _cluster(ray):
+        listener.measure(_Exported())
         queue: Dispatcher[int] = Dispatcher(tasks)
         pool = Pool(ray, resources, _RayWorker)
         try:
@@ -320,6 +322,35 @@ class _RayWorker:
 
     def run(self, task: Task, prefetch: Task | None) -> TaskReport:
         return self._worker.run(task, prefetch)
+
+
+class _Exported:
+    """Samples on the metrics port of this process's node, under their names with `ray_` before them."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def __call__(self, sample: Sample) -> None:
+        metric = METRICS[sample.name]
+        if (made := self._made.get(sample.name)) is None:
+            made = self._made[sample.name] = _of_ray(metric)
+        tags = {metric.label: sample.label} if metric.label else {}
+        if metric.kind == "histogram":
+            made.observe(sample.value, tags)
+        elif metric.kind == "gauge":
+            made.set(sample.value, tags)
+        elif sample.value:  # Ray refuses to count nothing
+            made.inc(sample.value, tags)
+
+
+def _of_ray(metric: Metric) -> Any:
+    from ray.util import metrics
+
+    keys = (metric.label,) if metric.label else ()
+    if metric.kind == "histogram":
+        return metrics.Histogram(metric.name, metric.help, boundaries=list(BUCKETS), tag_keys=keys)
+    kind = metrics.Counter if metric.kind == "counter" else metrics.Gauge
+    return kind(metric.name, metric.help, tag_keys=keys)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from phlora_pipeline.dispatch import Dispatcher
 from phlora_pipeline.errors import PhloraError, one_line
 from phlora_pipeline.extract import TaskReport, Worker
+from phlora_pipeline.metrics import Sink
 from phlora_pipeline.plan import Task
 
 
@@ -57,6 +58,9 @@ class Listener(Protocol):
     def ended(self, job: Job, outcome: Any) -> None:
         """A job's answer, or the exception that it raised."""
 
+    def measure(self, sink: Sink) -> None:
+        """Send samples there as well, from the run's beginning on: an engine may have somewhere to show them."""
+
     def more(self, queue: Dispatcher[Any]) -> None:
         """The place to add tasks to the queue, or to take some out."""
 
@@ -79,6 +83,9 @@ class Reports:
 
     def ended(self, job: Job, outcome: Any) -> None:
         """There are none."""
+
+    def measure(self, sink: Sink) -> None:
+        """Nothing."""
 
     def more(self, queue: Dispatcher[Any]) -> None:
         """Nothing."""

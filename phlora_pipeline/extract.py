@@ -11,8 +11,8 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,9 +21,11 @@ from phlora_pipeline import lowrank, parts
 from phlora_pipeline.checkpoint import TensorRef
 from phlora_pipeline.errors import CheckpointError, DeviceError, NotFoundError, PhloraError, SourceChangedError
 from phlora_pipeline.machine import has_bfloat16_units
+from phlora_pipeline.metrics import note_kind
 from phlora_pipeline.parts import TensorResult
 from phlora_pipeline.plan import BLOCK_BYTES, Member, Task, TensorPair
 from phlora_pipeline.reading import Reader
+from phlora_pipeline.storage import Traffic, take_traffic
 
 STREAMED_BYTES = 64 << 20
 """A block that is only measured, and is larger than this, is read and measured piece by piece."""
@@ -52,6 +54,7 @@ class BlockReport:
         reused: whether the part was there already.
         error: why there is no part that can be used: the checkpoint is not what it was when it was planned, or the part is damaged.
         routes: solver → how many tensors it was.
+        second_tries: what else was tried, as of `metrics.note_kind` → how often.
     """
 
     model: str
@@ -61,6 +64,7 @@ class BlockReport:
     reused: bool = False
     error: PhloraError | None = None
     routes: tuple[tuple[str, int], ...] = ()
+    second_tries: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,7 @@ class TaskReport:
         seconds: wall time of the call.
         waited: seconds of it that the device waited for bytes.
         worker: host, process and device.
+        traffic: of its process with storage since its last task.
     """
 
     task: str
@@ -82,6 +87,7 @@ class TaskReport:
     seconds: float
     waited: float = 0.0
     worker: str = ""
+    traffic: Traffic = field(default_factory=Traffic)
 
     @property
     def tensors(self) -> int:
@@ -146,7 +152,13 @@ class Worker:
             nbytes = self._resident(task, pending, prefetch, done)
         blocks = tuple(done[member.part_url] for member in task.members)
         return TaskReport(
-            task.id, blocks, nbytes, time.monotonic() - began, self._reader.waited - waited, f"{_NAME} {self.device}"
+            task.id,
+            blocks,
+            nbytes,
+            time.monotonic() - began,
+            self._reader.waited - waited,
+            f"{_NAME} {self.device}",
+            take_traffic(),
         )
 
     def _resident(
@@ -348,8 +360,14 @@ def _report(member: Member, results: Sequence[TensorResult], *, reused: bool = F
         len(member.block.pairs),
         tuple(result.name for result in results if result.status == "failed"),
         reused,
-        routes=tuple(sorted(Counter(result.solver for result in results if result.solver).items())),
+        routes=_counted(result.solver for result in results if result.solver),
+        # Of a part that was there already they were told by who made it.
+        second_tries=() if reused else _counted(note_kind(note) for result in results for note in result.notes),
     )
+
+
+def _counted(names: Iterable[str]) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(Counter(names).items()))
 
 
 def _gone(member: Member, error: PhloraError) -> BlockReport:

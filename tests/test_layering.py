@@ -40,6 +40,7 @@ LAYERS = [
         "parts",
         "adapter",
         "manifest",
+        "metrics",
         "summary",
         "card",
         "matrix",
@@ -70,6 +71,8 @@ HOMES = {
     "botocore": {"storage"},
     "stamina": {"storage"},
     "typer": {"cli"},
+    "prometheus_client": {"metrics"},
+    "packaging": {"doctor"},
     "rich": {"console", "render"},
     "safetensors": {"convert"},  # writing what was unpickled; reading is our own, strictly
 }

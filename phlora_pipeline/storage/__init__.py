@@ -14,6 +14,7 @@ Three stores implement this: local files, S3 (by boto3, with s3fs's settings), a
 """
 
 from phlora_pipeline.storage.base import ByteRange, ObjectInfo, PutOutcome, Store, Upload
+from phlora_pipeline.storage.traffic import Traffic, take_traffic
 from phlora_pipeline.storage.urls import basename, join, normalize
 from phlora_pipeline.storage.verbs import (
     abort_upload,
@@ -39,6 +40,7 @@ __all__ = [
     "ObjectInfo",
     "PutOutcome",
     "Store",
+    "Traffic",
     "Upload",
     "abort_upload",
     "basename",
@@ -58,5 +60,6 @@ __all__ = [
     "sha256",
     "stat",
     "swap",
+    "take_traffic",
     "uploads",
 ]

@@ -19,6 +19,8 @@ from phlora_pipeline.errors import (
     StorageError,
     one_line,
 )
+from phlora_pipeline.storage import traffic
+from phlora_pipeline.storage.traffic import Reason
 from phlora_pipeline.storage.urls import bucket_and_key
 
 T = TypeVar("T")
@@ -48,12 +50,20 @@ logging.getLogger("stamina").addHandler(logging.NullHandler())
 class TransientError(Exception):
     """Worth another try: the store is busy, the connection broke, or a body was cut short."""
 
+    def __init__(self, what: str, reason: Reason = "connection") -> None:
+        super().__init__(what)
+        self.reason = reason
+
 
 def _retrying(attempt: Callable[[], T]) -> T:
     """Exponential with jitter, bounded in attempts and in time."""
     for trial in stamina.retry_context(on=TransientError, attempts=8, timeout=120.0, wait_initial=0.2, wait_max=10.0):
         with trial:
-            return attempt()
+            try:
+                return attempt()
+            except TransientError as error:
+                traffic.failed(error.reason)
+                raise
     raise AssertionError("stamina either returns or raises")
 
 
@@ -107,8 +117,18 @@ def _sorted_answer(url: str, error: ClientError) -> Exception:
         or status == 429
         or told in {"SlowDown", "RequestTimeout", "Throttling", "BadDigest"}
     ):
-        return TransientError(f"{told} (HTTP {status})")
+        return TransientError(f"{told} (HTTP {status})", _reason(told, status))
     return StorageError(f"{url}: {told} (HTTP {status}): {one_line(error)}")
+
+
+def _reason(told: str, status: int) -> Reason:
+    if status in {429, 503} or told in {"SlowDown", "Throttling"}:
+        return "throttled"
+    if told in _CONFLICT:
+        return "conflict"
+    if told == "BadDigest":
+        return "damaged"
+    return "server" if status >= 500 else "connection"
 
 
 def _denied(url: str, told: str) -> CredentialsError:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 from phlora_pipeline.errors import NotFoundError
+from phlora_pipeline.storage import traffic
 from phlora_pipeline.storage.base import ByteRange, Chunks, ObjectInfo, PutOutcome, Store, Upload
 from phlora_pipeline.storage.urls import scheme
 
@@ -78,11 +79,13 @@ def read_ranges(ranges: Sequence[ByteRange]) -> None:
     if len(pieces) == 1:
         store, piece = pieces[0]
         store.read_into(piece)
+        traffic.moved("read", len(piece.into))
         return
     futures = [_readers(os.getpid()).submit(store.read_into, piece) for store, piece in pieces]
     try:
-        for future in futures:
+        for future, (_, piece) in zip(futures, pieces, strict=True):
             future.result()
+            traffic.moved("read", len(piece.into))
     finally:
         # On the first error the rest must neither start nor go on writing into memory that the caller gives up.
         for future in futures:
@@ -136,9 +139,11 @@ def put_new(url: str, body: bytes | Chunks, *, size: int | None = None, in_parts
     """
     if isinstance(body, bytes):
         data = body
-        return _store_of(url).put_new(url, lambda: iter([data]), len(data), in_parts=in_parts)
+        return put_new(url, lambda: iter([data]), size=len(data), in_parts=in_parts)
     assert size is not None, "a streamed body needs its size"
-    return _store_of(url).put_new(url, body, size, in_parts=in_parts)
+    outcome = _store_of(url).put_new(url, body, size, in_parts=in_parts)
+    traffic.moved("written", size if outcome == "created" else 0)
+    return outcome
 
 
 def swap(url: str, data: bytes, expected: ObjectInfo | None) -> bool:
@@ -147,7 +152,9 @@ def swap(url: str, data: bytes, expected: ObjectInfo | None) -> bool:
     True means that this call has put `data`; somebody may have replaced it since. A lost answer is no lost race: what is
     there is read back and compared, so two callers who put equal bytes over a broken connection may both be told True.
     """
-    return _store_of(url).swap(url, data, expected)
+    swapped = _store_of(url).swap(url, data, expected)
+    traffic.moved("written", len(data) if swapped else 0)
+    return swapped
 
 
 def uploads(url: str) -> list[Upload]:

@@ -12,8 +12,9 @@ from phlora_pipeline.dispatch import Dispatcher
 from phlora_pipeline.engine import Job, words
 from phlora_pipeline.errors import CredentialsError, IncompleteError, PhloraError, SourceChangedError, StorageError
 from phlora_pipeline.extract import TaskReport
+from phlora_pipeline.metrics import Sink
 from phlora_pipeline.plan import Task
-from phlora_pipeline.runlog import Run
+from phlora_pipeline.runlog import Run, traffic_record
 from phlora_pipeline.zoo import state
 from phlora_pipeline.zoo.prepare import Ready, plan_one
 from phlora_pipeline.zoo.publish import Publish, Published
@@ -90,6 +91,9 @@ class Lead:
         assert isinstance(job, Publish)
         model = self._models[job.model]
         if isinstance(outcome, Published):
+            self._run.event(
+                "published", model=job.model, seconds=round(outcome.seconds, 4), storage=traffic_record(outcome.traffic)
+            )
             for warning in outcome.warnings:
                 self._observer.warn(f"{job.model}: {warning}")
             self.end(job.model, outcome.outcome.outcome, version=outcome.outcome.version)
@@ -121,6 +125,10 @@ class Lead:
             for model in sorted(late):
                 del self._waiting[model]
                 self.end(model, "deferred", "limits.max_minutes were over before it began; it will be due again")
+
+    def measure(self, sink: Sink) -> None:
+        """Send the run's samples there, too."""
+        self._run.measure(sink)
 
     def stopping(self) -> bool:
         """Whether the night was told to end."""

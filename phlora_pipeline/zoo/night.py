@@ -7,6 +7,7 @@ tasks to an engine; publish each model as soon as its last part is there; write 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
@@ -44,6 +45,7 @@ def night(
         RequestError: more is due than may be without `yes`; nothing was written.
         CredentialsError, StorageError, DeviceError: nobody can go on, and no model is blamed. What was published stays.
     """
+    began = time.monotonic()
     found = standings(catalog(config), Ledger.read(config.output))
     observer.looked(found)
     due = [standing for standing in found if standing.state == "due"]
@@ -52,6 +54,7 @@ def night(
         return _result("", found, {}, 0, 0.0, stopped=False)
     resources = _resources(config)
     run = Run.begin(config.output, config.model_dump(mode="json", by_alias=True))
+    run.stage("look", time.monotonic() - began)
     try:
         models = _converted(config, due, resources, observer, run, stopping)
     except PhloraError as error:
@@ -91,7 +94,9 @@ def _converted(
     stopping: Callable[[], bool],
 ) -> dict[str, ModelResult]:
     lead = Lead(config, run, observer, stopping)
+    began = time.monotonic()
     prepared = prepare(config, due)
+    run.stage("prepare", time.monotonic() - began)
     for standing, error in prepared.refused:
         lead.refuse(standing, error)
     for standing in prepared.deferred:

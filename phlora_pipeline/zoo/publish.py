@@ -6,6 +6,7 @@ whoever finds it finds all the rest; without it the next night comes here again,
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from phlora_pipeline import pipeline, storage
 from phlora_pipeline.config import RunConfig
 from phlora_pipeline.pipeline import Prepared
+from phlora_pipeline.storage import Traffic
 from phlora_pipeline.summary import summarize
 from phlora_pipeline.zoo import dataset, latest, layout, state
 from phlora_pipeline.zoo.state import Outcome
@@ -28,6 +30,8 @@ class Published:
         warnings: in words.
         adapter_bytes: size of the weights' file.
         moved: what became of `latest.json`.
+        seconds: wall time.
+        traffic: of its process with storage since it was last asked.
     """
 
     model: str
@@ -35,6 +39,8 @@ class Published:
     warnings: tuple[str, ...]
     adapter_bytes: int
     moved: str
+    seconds: float
+    traffic: Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,7 @@ class Publish:
         Raises:
             PhloraError: as `pipeline.conclude`.
         """
+        began = time.monotonic()
         concluded = pipeline.conclude(self.config, self.prepared, self.lost, f"{self.run_url}/{self.model}")
         version, moved = self.prepared.plan.version, ""
         # The file's, and not what `conclude` says: who finds the adapter has the file alone, and the record must not tell.
@@ -89,4 +96,5 @@ class Publish:
             self.asked,
         )
         standing = state.record_outcome(self.out, self.model, record)
-        return Published(self.model, standing, concluded.warnings, size, moved)
+        seconds = time.monotonic() - began
+        return Published(self.model, standing, concluded.warnings, size, moved, seconds, storage.take_traffic())
