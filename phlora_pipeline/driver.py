@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,9 @@ GROW_SECONDS = 5.0
 
 REST_SECONDS = 5.0
 """A worker that has said nothing for so long is asked whether it is there: if it died in its sleep, its next task did not kill it."""
+
+GAUGE_SECONDS = 2.0
+"""How often gauges are set again."""
 
 LOOK_SECONDS = 60.0
 """How long a node is waited for that is asked what it has."""
@@ -126,11 +129,11 @@ def run_ray(tasks: Iterable[Task], resources: Resources, listener: Listener) -> 
 
     torch.set_num_threads(resources.threads)  # what follows in this process sums as after `run_local`
     with _cluster(ray):
-        listener.measure(_Exported())
+        listener.measure(exported := _Exported())
         queue: Dispatcher[int] = Dispatcher(tasks)
         pool = Pool(ray, resources, _RayWorker)
         try:
-            return _Loop(ray, pool, queue, listener, resources).run()
+            return _Loop(ray, pool, queue, listener, resources, exported.again).run()
         finally:
             pool.close()
 
@@ -141,8 +144,17 @@ class _Loop:
     A task that were given to an actor still waiting for its place in the cluster would wait with it, and hold up the run.
     """
 
-    def __init__(self, ray: Any, pool: Pool, queue: Dispatcher[int], listener: Listener, resources: Resources) -> None:
+    def __init__(
+        self,
+        ray: Any,
+        pool: Pool,
+        queue: Dispatcher[int],
+        listener: Listener,
+        resources: Resources,
+        every_turn: Callable[[], object] = lambda: None,
+    ) -> None:
         self._ray, self._pool, self._queue, self._listener = ray, pool, queue, listener
+        self._every_turn = every_turn
         self._calls: dict[Any, int] = {}
         self._backlog: deque[Job] = deque()
         self._jobs: dict[Any, tuple[int, Job]] = {}  # call → desk, and what is done there
@@ -158,6 +170,7 @@ class _Loop:
     def run(self) -> dict[str, str]:
         queue = self._queue
         while True:
+            self._every_turn()
             stopping = self._listener.stopping()
             if not stopping:
                 self._listener.more(queue)
@@ -329,6 +342,15 @@ class _Exported:
 
     def __init__(self) -> None:
         self._made: dict[str, Any] = {}
+        self._gauges: dict[tuple[str, str], Sample] = {}
+        self._told = time.monotonic()
+
+    def again(self) -> None:
+        """Ray shows a gauge until its next report, and not any more unless it is set again."""
+        if time.monotonic() - self._told > GAUGE_SECONDS:
+            self._told = time.monotonic()
+            for sample in list(self._gauges.values()):
+                self(sample)
 
     def __call__(self, sample: Sample) -> None:
         metric = METRICS[sample.name]
@@ -338,6 +360,7 @@ class _Exported:
         if metric.kind == "histogram":
             made.observe(sample.value, tags)
         elif metric.kind == "gauge":
+            self._gauges[sample.name, sample.label] = sample
             made.set(sample.value, tags)
         elif sample.value:  # Ray refuses to count nothing
             made.inc(sample.value, tags)
