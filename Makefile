@@ -14,7 +14,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run test test-servers check chaos bench format clean install
+.PHONY: run test test-servers check chaos bench image format clean install
 
 run: $(STAMP)  ## the main job on real weights: prepare a demo zoo, extract, verify, score
 	$(BIN)/python -m jobs.demo
@@ -26,17 +26,24 @@ test: $(STAMP)  ## every test, the fast ones first
 test-servers: $(SERVERS_STAMP)  ## our adapters in real servers: vLLM, llama.cpp, PEFT's batches (6 GB the first time; a quarter of an hour)
 	$(BIN)/python -m pytest -m servers tests/servers
 
-check: $(STAMP)  ## lint, types, layers
+check: $(STAMP)  ## lint, types, layers, manifests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_layering.py
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/python -m pytest -q -m "not slow" tests/test_layering.py tests/cluster
 
 chaos: $(STAMP)  ## twenty nights in which nodes, workers and the driver are killed (40 minutes; SEEDS=2 for fewer)
 	$(BIN)/python -m jobs.chaos --seeds $(or $(SEEDS),20)
 
 bench: $(BENCH_STAMP)  ## speed and quality beside the libraries, mergekit, and the machine's own limit (an hour or two)
 	$(BIN)/python -m jobs.bench
+
+# Docker where its daemon answers, else buildah. TORCH_INDEX=https://pypi.org/simple makes it for CUDA.
+image:  ## the container image, by docker or buildah (IMAGE=name:tag TORCH_INDEX=url BUILD_FLAGS=...)
+	$$(docker info >/dev/null 2>&1 && echo docker build || echo buildah build --layers) \
+	  $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) $(if $(UV_FIND_LINKS),--build-arg UV_FIND_LINKS=$(UV_FIND_LINKS)) \
+	  --build-arg UV_VERSION=$(UV) --build-arg REVISION=$$(git rev-parse --short HEAD) $(BUILD_FLAGS) -t $(or $(IMAGE),phlora-pipeline:0.1.0) .
 
 format: $(STAMP)
 	$(BIN)/ruff format .

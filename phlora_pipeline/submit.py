@@ -71,6 +71,19 @@ def last_line(url: str, code: int) -> str:
     return f"result: {url or 'none'}; exit code {code}"
 
 
+def told(log: str) -> tuple[str, int] | None:
+    r"""What the last `last_line` of a log says: (URL, or empty; exit code). None where there is none.
+
+    >>> told("…\nresult: none; exit code 2\nsome more")
+    ('', 2)
+    """
+    found = list(_LAST.finditer(log))
+    if not found:
+        return None
+    url = found[-1]["url"]
+    return ("" if url == "none" else url), int(found[-1]["code"])
+
+
 def submit(
     zoo: str,
     *,
@@ -233,9 +246,9 @@ class _Job:
             log = self._client.get_job_logs(self._name)
             self._show(log, len(log))
         status = str(info.status.value)
-        if told := list(_LAST.finditer(log)):
-            url, code = told[-1]["url"], int(told[-1]["code"])
-            return Submitted(self._name, status, *((code, "") if url == "none" else _written(url, code)))
+        if (last := told(log)) is not None:
+            url, code = last
+            return Submitted(self._name, status, *(_written(url, code) if url else (code, "")))
         if info.driver_exit_code is not None:
             code = info.driver_exit_code
             killed = f"it was killed by signal {-code}" if code < 0 else ""
