@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from phlora_pipeline import carry, experts, targets
-from phlora_pipeline.adapter.slots import PREFIX, Kept, Layout, Slot, kohya_slots, pair_slots
+from phlora_pipeline import carry, convolutions, experts, targets
+from phlora_pipeline.adapter.slots import PREFIX, Kept, Layout, Slot, group_slots, kohya_slots, pair_slots
 from phlora_pipeline.checkpoint import TensorRef
 from phlora_pipeline.plan import Plan, TensorPair
 from phlora_pipeline.targets import Kind
@@ -38,13 +38,19 @@ def make_layout(
     filled = adapted if rules.whole_families else {pair.module for pair in own if pair.kind in _STACKED}
     zero = targets.families(plan.matrices, frozenset(filled))
     moved = {place.module for name, place in plan.carried.items() if place.how == "bias" and name in changed}
-    zero |= moved - adapted  # a bias needs a pair that it can be the bias of
+    # A bias needs a pair that it can be the bias of; of a grouped convolution all groups are in one.
+    zero |= (moved & plan.matrices.keys()) - adapted
+    zero |= convolutions.siblings(plan.matrices, adapted | moved) - adapted
     whole = tuple(carry.kept_modules(changed, plan.carried, tuned or {}))
     if whole and not adapted | zero:
-        zero = frozenset({plan.adapted[0].module})  # PEFT loads no LoRA without a pair
+        # PEFT loads no LoRA without a pair.
+        first = plan.adapted[0].module
+        zero = convolutions.siblings(plan.matrices, [first]) | {first}
     stacks = _stacks(plan, adapted | zero)
     stacked = {pair.module for pairs in stacks.values() for pair in pairs}
     bare = stacked | _routers(plan, adapted | zero)
+    grouped = _by_convolution(plan, adapted | zero)
+    stacked |= {pair.module for pairs in grouped.values() for pair in pairs}
     ranks = {pair.module: _slot_rank(plan, pair, (own_ranks or {}).get(pair.name, plan.rank)) for pair in own}
     ranks |= {module: _slot_rank(plan, plan.matrices[module], 1) for module in zero}
     slots = [
@@ -54,6 +60,11 @@ def make_layout(
         for slot in _pair_slots(plan, pair, ranks[pair.module], pair.name)
     ]
     slots += [slot for name, pairs in stacks.items() for slot in _stack_slots(plan, name, pairs, factored)]
+    for name, pairs in grouped.items():
+        each = max(_rank_of_group(plan, pair, (own_ranks or {}).get(pair.name, 1)) for pair in pairs)
+        slots += group_slots(name, pairs, each, factored)
+        ranks = {module: rank for module, rank in ranks.items() if convolutions.whole_of(module) != name}
+        ranks[name] = each * len(pairs)
     slots += [
         slot for module in zero - stacked for slot in _pair_slots(plan, plan.matrices[module], ranks[module], None)
     ]
@@ -69,7 +80,9 @@ def make_layout(
     turned = any(targets.is_transposed(module, plan.model_type) for module in adapted - bare)
     kept = [*_whole(plan, whole, tuned or {})]
     if moved:
-        kept += [_bias(plan, module, base or {}, tuned or {}) for module in adapted | zero]
+        kept += [
+            _bias(plan, module, base or {}, tuned or {}) for module in set(map(convolutions.whole_of, adapted | zero))
+        ]
     if plan.tied and plan.tied[0] in whole:
         whole += (plan.tied[1],)
     return Layout(
@@ -98,8 +111,10 @@ def _whole(plan: Plan, modules: Sequence[str], tuned: Mapping[str, TensorRef]) -
 
 def _bias(plan: Plan, module: str, base: Mapping[str, TensorRef], tuned: Mapping[str, TensorRef]) -> Kept:
     """The difference of a module's bias; zeros where it has none. PEFT looks for one beside every pair."""
-    name, pair = f"{module}.bias", plan.matrices[module]
-    rows = pair.shape[1] if targets.is_transposed(module, plan.model_type) else pair.rows
+    name = f"{module}.bias"
+    pairs = [plan.matrices[part] for part in convolutions.siblings(plan.matrices, [module]) or [module]]
+    turned = targets.is_transposed(module, plan.model_type)
+    rows = sum(pair.shape[1] if turned else pair.rows for pair in pairs)
     if name in base and name in tuned:
         return Kept(f"{PREFIX}{module}.lora_B.bias", "F32", tuned[name].shape, tuned[name], base[name])
     return Kept(f"{PREFIX}{module}.lora_B.bias", "F32", (rows,))
@@ -114,6 +129,18 @@ def _stacks(plan: Plan, modules: frozenset[str]) -> dict[str, list[TensorPair]]:
     for pair in sorted(pairs, key=lambda pair: experts.number_of(pair.module)):
         found.setdefault(experts.parameter_of(pair.module), []).append(pair)
     return found
+
+
+def _by_convolution(plan: Plan, modules: frozenset[str]) -> dict[str, list[TensorPair]]:
+    """Grouped convolution → its groups in order."""
+    found: dict[str, list[TensorPair]] = {}
+    for module in sorted(convolutions.siblings(plan.matrices, modules), key=convolutions.number_of):
+        found.setdefault(convolutions.whole_of(module), []).append(plan.matrices[module])
+    return found
+
+
+def _rank_of_group(plan: Plan, pair: TensorPair, own: int) -> int:
+    return own if plan.per_tensor_ranks else convolutions.rank_of_one(pair.module, plan.rank)
 
 
 def _routers(plan: Plan, modules: frozenset[str]) -> set[str]:
