@@ -35,7 +35,12 @@ def make_layout(
     own = [pair for pair in plan.adapted if pair.name in factored]
     adapted = frozenset(pair.module for pair in own)
     rules = targets.server_rules(plan.model_type, plan.dialect)
-    filled = adapted if rules.whole_families else {pair.module for pair in own if pair.kind in _STACKED}
+    shadowed = _shadowed(plan)
+    filled = (
+        adapted
+        if rules.whole_families
+        else {pair.module for pair in own if pair.kind in _STACKED} | (adapted & shadowed)
+    )
     zero = targets.families(plan.matrices, frozenset(filled))
     moved = {place.module for name, place in plan.carried.items() if place.how == "bias" and name in changed}
     # A bias needs a pair that it can be the bias of; of a grouped convolution all groups are in one.
@@ -48,7 +53,7 @@ def make_layout(
         zero = convolutions.siblings(plan.matrices, [first]) | {first}
     stacks = _stacks(plan, adapted | zero)
     stacked = {pair.module for pairs in stacks.values() for pair in pairs}
-    bare = stacked | _routers(plan, adapted | zero)
+    bare = stacked | _routers(plan, adapted | zero) | (shadowed & (adapted | zero))
     grouped = _by_convolution(plan, adapted | zero)
     stacked |= {pair.module for pairs in grouped.values() for pair in pairs}
     ranks = {pair.module: _slot_rank(plan, pair, (own_ranks or {}).get(pair.name, plan.rank)) for pair in own}
@@ -155,6 +160,13 @@ def _stack_slots(plan: Plan, parameter: str, pairs: Sequence[TensorPair], change
     width = plan.written_rank * len(pairs)
     both = pair_slots(experts.wrapper_of(parameter), pairs[0], width, None, embedding=False, transposed=transposed)
     return [replace(slot, stack=stack) for slot in both]
+
+
+def _shadowed(plan: Plan) -> frozenset[str]:
+    """Modules that PEFT would take for experts, and finds by their parameters."""
+    if plan.dialect != "peft" or not targets.has_experts((*plan.matrices, *plan.left_out, *plan.unread)):
+        return frozenset()
+    return frozenset(module for module, pair in plan.matrices.items() if targets.shadowed(module, pair.kind))
 
 
 def _slot_rank(plan: Plan, pair: TensorPair, own: int) -> int:

@@ -74,7 +74,7 @@ def choose(
     """Pairs that are adapted, and the reason for each that is not."""
     chosen: list[TensorPair] = []
     left_out: dict[str, str] = {}
-    experts = any(pair.kind == "expert" for pair in pairs)
+    experts = targets.has_experts(pair.name for pair in pairs)
     shapes = {pair.name: pair.shape for pair in pairs}
     for pair in pairs:
         name = convolutions.whole_of(pair.name)
@@ -85,7 +85,7 @@ def choose(
             or (_kernel_refusal(pair.name, (pair.shape[0], *pair.kernel), shapes, selection) if pair.kernel else "")
             or selection.refusal(name, pair.kind)
             or (targets.tower_refusal(pair.name) if multimodal else "")
-            or (_shadowed_refusal(pair) if experts else "")
+            or (_shadowed_refusal(pair, rules) if experts else "")
             or targets.server_refusal(pair.kind, pair.shape, rules)
             or _single_expert_refusal(pair, rules)
             or _group_refusal(pair, rules)
@@ -150,12 +150,13 @@ def _group_refusal(pair: TensorPair, rules: ServerRules) -> str:
     return "a grouped convolution is not known to be applied by any but PEFT; --for peft adapts it"
 
 
-def _shadowed_refusal(pair: TensorPair) -> str:
-    """Dense layers and shared experts beside routed ones: PEFT on transformers 5 takes their names for the experts'."""
+def _shadowed_refusal(pair: TensorPair, rules: ServerRules) -> str:
+    """Dense layers and shared experts beside routed ones; PEFT alone is given them as parameters, which it finds."""
+    if rules.dialect == "peft" or "PEFT" not in rules.takes or not targets.shadowed(pair.module, pair.kind):
+        return ""
     leaf = pair.module.rpartition(".")[2]
-    if pair.kind == "mlp" and leaf in {"gate_proj", "up_proj", "down_proj"}:
-        return f"PEFT takes every {leaf} of a model with experts for one of them, and would drop this one"
-    return ""
+    told = f"PEFT takes every {leaf} of a model with experts for one of them, and would drop this one"
+    return f"{told}; --for peft adapts it"
 
 
 def _single_expert_refusal(pair: TensorPair, rules: ServerRules) -> str:

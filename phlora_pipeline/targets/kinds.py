@@ -83,6 +83,22 @@ def _matrix_kind(module: str, leaf: str) -> Kind:
     return "mlp" if _MLP.search(module) else "linear"
 
 
+def shadowed(module: str, kind: Kind) -> bool:
+    """Whether PEFT takes a module of a model with experts for one of them: dense layers, shared experts.
+
+    On transformers 5 it turns every name of `target_modules` that ends so into the parameter that stacks the experts.
+
+    >>> shadowed("layers.0.mlp.shared_expert.up_proj", "mlp"), shadowed("layers.0.mlp.experts.0.up_proj", "expert")
+    (True, False)
+    """
+    return kind == "mlp" and module.rpartition(".")[2] in {"gate_proj", "up_proj", "down_proj"}
+
+
+def has_experts(names: Iterable[str]) -> bool:
+    """Whether any tensor or module is an expert's, or a stack of them."""
+    return any(_EXPERT.search(name) or _STACKED.search(name) for name in names)
+
+
 def tower_refusal(name: str) -> str:
     """Why a weight beside a multimodal model's language model is not adapted; empty for the language model's own."""
     return (
