@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -19,6 +19,10 @@ ENERGY_MAX_RANK = 128
 """The most that a threshold of energy may take, unless the user says otherwise."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+Groups = Annotated[str, Field(pattern=r"^.+=[1-9][0-9]{0,5}$")]
+"""GLOB=N: the convolutions that the glob names have N groups."""
 
 
 class RunConfig(BaseModel):
@@ -45,6 +49,7 @@ class RunConfig(BaseModel):
     targets: Literal["all", "linear", "paper"] = "all"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    conv_groups: tuple[Groups, ...] = Field(default=(), description="GLOB=N: these convolutions have so many groups")
     carry: Literal["none", "all"] = Field(
         default="none",
         description="all: norms, biases and grown embeddings are kept whole, where PEFT has a place for them",
@@ -69,6 +74,12 @@ class RunConfig(BaseModel):
     overwrite: bool = False
     force: bool = False
     keep_parts: bool = False
+
+    @property
+    def groups(self) -> tuple[tuple[str, int], ...]:
+        """`conv_groups` as globs and numbers."""
+        told = (text.rpartition("=") for text in self.conv_groups)
+        return tuple((glob, int(number)) for glob, _, number in told)
 
     @field_validator("base", "tuned")
     @classmethod

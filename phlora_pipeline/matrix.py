@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from phlora_pipeline import experts, lowrank, targets
+from phlora_pipeline import convolutions, experts, lowrank, targets
 from phlora_pipeline.carry import Carry
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef
 from phlora_pipeline.errors import RequestError
@@ -45,6 +45,7 @@ class Row:
         config: of both, without its model type.
         conv1d: whether it is about model types whose layers are transformers' Conv1D, or about the others.
         stacked: whether it is about experts in one tensor, which each model type has its own way round.
+        conv_groups: what the user says of the convolution.
     """
 
     title: str
@@ -54,6 +55,7 @@ class Row:
     config: Mapping[str, Any] = field(default_factory=lambda: {"tie_word_embeddings": False})
     conv1d: bool = False
     stacked: bool = False
+    conv_groups: tuple[tuple[str, int], ...] = ()
 
     def shapes(self, model_type: str) -> tuple[Shapes, Shapes]:
         """The tensors of base and fine-tune."""
@@ -64,6 +66,8 @@ class Row:
 
     def asked(self, model_type: str) -> str:
         """The tensor in question, as checkpoints of this type call it."""
+        if self.conv_groups:
+            return f"{targets.module_of(self.tensor)}.group_1_of_{self.conv_groups[0][1]}.weight"
         if not self.stacked or _turned(model_type):
             return self.tensor
         names = targets.expert_names(model_type)
@@ -104,6 +108,11 @@ ROWS = (
     _row("conv1d", "encoder.conv1.weight", (8, 4, 3)),
     _row("conv2d", "encoder.conv1.weight", (8, 4, 3, 3)),
     _row("conv3d", "encoder.conv1.weight", (8, 4, 3, 3, 3)),
+    _row(
+        "grouped convolution, `--conv-groups`", "encoder.conv1.weight", (8, 4, 3), conv_groups=(("encoder.conv1", 2),)
+    ),
+    _row("depthwise convolution", "encoder.conv1.weight", (8, 1, 3)),
+    _row("transposed convolution", "encoder.deconv.weight", (8, 4, 3)),
     _row("embedding", _EMBEDDING, _VOCABULARY, beside=_BOTH, config=_UNTIED),
     _row("lm_head, untied", _HEAD, _VOCABULARY, beside=_BOTH, config=_UNTIED),
     _row("embedding tied to lm_head", _EMBEDDING, _VOCABULARY, config=_TIED),
@@ -219,10 +228,13 @@ def _types(row: Row, dialect: Dialect) -> Iterator[str]:
 
 def outcome(row: Row, dialect: Dialect, model_type: str, carry: Carry = "none") -> str:
     """Why the row's tensor is not in an adapter for such a model; empty where it is."""
-    settings = PlanSettings(Selection(), dialect, 8, "/out/_parts", lowrank.Settings(8), carry=carry)
+    selection = Selection(conv_groups=row.conv_groups)
+    settings = PlanSettings(selection, dialect, 8, "/out/_parts", lowrank.Settings(8), carry=carry)
     config = {**row.config, "model_type": model_type}
     shapes = row.shapes(model_type)
     base, tuned = experts.apart(_headers("base", shapes[0], config), _headers("tuned", shapes[1], config))
+    groups = convolutions.told(tuned, selection)
+    base, tuned = convolutions.apart(base, groups), convolutions.apart(tuned, groups)
     try:
         plan = make_plan(base, tuned, settings)
     except RequestError as error:

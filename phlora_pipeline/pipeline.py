@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from phlora_pipeline import adapter, driver, experts, lowrank, manifest, names, reducer, storage
+from phlora_pipeline import adapter, convolutions, driver, experts, lowrank, manifest, names, reducer, storage
 from phlora_pipeline.card import model_card
 from phlora_pipeline.checkpoint import Checkpoint, open_checkpoint
 from phlora_pipeline.config import RunConfig, read_profile
@@ -124,9 +124,12 @@ def prepare(config: RunConfig, base: Checkpoint, parts_url: str, model: str = ""
     """
     base, tuned = experts.apart(base, open_checkpoint(config.tuned))
     tuned = names.by_the_names_of(base, tuned)
+    selection = Selection(config.targets, config.include, config.exclude, config.groups)
+    groups = convolutions.told(tuned, selection)
+    base, tuned = convolutions.apart(base, groups), convolutions.apart(tuned, groups)
     base_name = config.base_name or adapter.base_name_from(tuned.config) or adapter.base_name_from(base.config)
     settings = PlanSettings(
-        selection=Selection(config.targets, config.include, config.exclude),
+        selection=selection,
         dialect=config.dialect,
         rank=config.rank,
         factors=lowrank.Settings(config.max_rank, config.solver, config.tolerance, config.energy),
@@ -348,7 +351,7 @@ def _result(config: RunConfig, prepared: Prepared, concluded: Concluded, read: i
 def _run_record(config: RunConfig, prepared: Prepared, reduction: Reduction) -> dict[str, Any]:
     """`run.json`: what decided the adapter's bytes, and nothing that differs between two runs that give the same."""
     deciding = (
-        "rank", "energy", "max_rank", "targets", "include", "exclude", "carry", "dialect", "dtype", "solver", "tolerance"
+        "rank", "energy", "max_rank", "targets", "include", "exclude", "conv_groups", "carry", "dialect", "dtype", "solver", "tolerance"
     )  # fmt: skip
     settings = config.model_dump(mode="json", include=set(deciding))
     return {

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from phlora_pipeline import adapter, lowrank, manifest, parts, safetensors_format, storage, targets
+from phlora_pipeline import adapter, convolutions, lowrank, manifest, parts, safetensors_format, storage, targets
 from phlora_pipeline.adapter import Kept, Layout, Slot
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef
 from phlora_pipeline.errors import ConflictError, RequestError
@@ -292,28 +292,32 @@ def _measured_row(row: EnergyRow, result: TensorResult, plan: Plan, layout: Layo
 def _adapted_row(row: EnergyRow, result: TensorResult, part: Part, plan: Plan, dtype: torch.dtype) -> EnergyRow:
     most = min(row.shape[0], math.prod(row.shape[1:]))
     values = result.singular_values
-    rank = min(plan.rank, len(values))
+    asked = plan.rank if plan.energy is not None else convolutions.rank_of_one(row.module, plan.rank)
+    rank = min(asked, len(values))
     dropped_sq = result.residual_sq + math.fsum(value * value for value in values[rank:])
     lost_sq = dropped_sq + _rounding_sq(row.tensor, part, rank, dtype)
     return replace(
         row,
         status="adapted",
-        reason="; ".join([*_about_rank(result, most, plan), *result.notes]),
+        reason="; ".join([*_about_rank(result, most, plan, asked), *result.notes]),
         rank=rank,
         preserved_energy=lowrank.preserved_energy(values, result.delta_sq, rank),
         written_energy=1 - lost_sq / result.delta_sq,
         singular_values=values,
-        energy_at={r: lowrank.preserved_energy(values, result.delta_sq, min(r, most)) for r in manifest.ENERGY_RANKS},
+        energy_at={
+            r: lowrank.preserved_energy(values, result.delta_sq, min(convolutions.rank_of_one(row.module, r), most))
+            for r in manifest.ENERGY_RANKS
+        },
         solver=result.solver,
         certificate=result.certificate,
     )
 
 
-def _about_rank(result: TensorResult, most: int, plan: Plan) -> Iterator[str]:
+def _about_rank(result: TensorResult, most: int, plan: Plan, asked: int) -> Iterator[str]:
     values = result.singular_values
     if plan.energy is None:
-        if plan.rank > most:
-            yield f"rank {plan.rank} clipped to {most}, all there is"
+        if asked > most:
+            yield f"rank {asked} clipped to {most}, all there is"
     elif (kept := lowrank.preserved_energy(values, result.delta_sq, len(values))) is not None and kept < plan.energy:
         yield f"the threshold of {plan.energy:g} is not reached at the largest rank allowed, {len(values)}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,16 +164,69 @@ def test_biases_of_experts_are_told_and_are_the_whole_difference(make_pair: Make
     assert models.distance(models.outputs(models.loaded(pair.base, out)), models.outputs(pair.tuned)) > 1e-2
 
 
-@pytest.mark.parametrize("dialect", ["peft", "portable"])
-def test_dense_layers_beside_stacked_experts_are_left_out_as_beside_others(
-    dialect: str, make_pair: MakePair, tmp_path: Path
-) -> None:
-    def where(name: str, parameter: Tensor) -> bool:
-        return attention_and_experts(name, parameter) or "layers.0.mlp" in name
+def beside_experts(name: str, parameter: Tensor) -> bool:
+    return attention_and_experts(name, parameter) or "layers.0.mlp" in name
 
-    pair, out = make_pair("dense-beside-experts", where), tmp_path / "out"
-    runs.extract(pair.base_folder, pair.tuned_folder, out, rank=FULL, dialect=dialect)
+
+DENSE = {f"model.layers.0.mlp.{leaf}_proj" for leaf in ("gate", "up", "down")}
+
+
+@pytest.mark.parametrize("as_in_memory", [True, False])
+def test_dense_layers_beside_experts_are_adapted_as_parameters(
+    as_in_memory: bool, make_pair: MakePair, tmp_path: Path
+) -> None:
+    pair, out = make_pair("dense-beside-experts", beside_experts, as_in_memory=as_in_memory), tmp_path / "out"
+    result = runs.extract(pair.base_folder, pair.tuned_folder, out, rank=FULL, dialect="peft")
+    assert (result.summary.skipped, result.summary.coverage) == (0, 1)
+    assert_is_the_fine_tune(pair.base, pair, out)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert set(config["target_parameters"]) == {f"{module}.weight" for module in DENSE}
+
+
+def test_dense_layers_beside_experts_are_left_out_where_peft_would_drop_them(
+    make_pair: MakePair, tmp_path: Path
+) -> None:
+    pair, out = make_pair("dense-beside-experts", beside_experts), tmp_path / "out"
+    runs.extract(pair.base_folder, pair.tuned_folder, out, rank=FULL)
     left_out = {row.tensor for row in runs.rows(out).values() if row.status == "skipped"}
-    assert left_out == {f"model.layers.0.mlp.{leaf}_proj.weight" for leaf in ("gate", "up", "down")}
+    assert left_out == {f"{module}.weight" for module in DENSE}
     by_hand = models.with_tensors_of(pair.base_folder, pair.tuned_folder, left_out, tmp_path / "completed")
     assert_is_the_fine_tune(type(pair.base).from_pretrained(by_hand).eval(), pair, out)
+
+
+def test_dense_layers_beside_experts_are_modules_for_servers(make_pair: MakePair, tmp_path: Path) -> None:
+    """vLLM goes by the keys alone."""
+    pair, out = make_pair("dense-beside-experts", beside_experts), tmp_path / "out"
+    result = runs.extract(pair.base_folder, pair.tuned_folder, out, rank=FULL, dialect="vllm")
+    assert result.summary.skipped == 0
+    keys = set(load_file(out / "adapter_model.safetensors"))
+    assert {f"base_model.model.{module}.lora_{side}.weight" for module in DENSE for side in "AB"} <= keys
+    assert "target_parameters" not in json.loads((out / "adapter_config.json").read_text())
+
+
+def test_vllm_gets_gpt_oss_experts_as_peft_does(make_pair: MakePair, tmp_path: Path) -> None:
+    """The same 3-D keys and factors, all experts in two pairs a layer; its classes know no router."""
+    pair = make_pair(
+        "gpt-oss", lambda name, value: weights(name, value) and not name.startswith(("lm_head", "model.embed"))
+    )
+    tensors = {}
+    for dialect in ("peft", "vllm"):
+        runs.extract(pair.base_folder, pair.tuned_folder, tmp_path / dialect, rank=FULL, dialect=dialect)
+        tensors[dialect] = load_file(tmp_path / dialect / "adapter_model.safetensors")
+    assert {key for key in tensors["peft"] if key not in tensors["vllm"]} == {
+        f"base_model.model.model.layers.{layer}.mlp.router.lora_{side}.weight" for layer in (0, 1) for side in "AB"
+    }
+    for key, value in tensors["vllm"].items():
+        assert torch.equal(value, tensors["peft"][key])
+    shapes = {key.partition("layers.0.mlp.")[2]: tuple(value.shape) for key, value in tensors["vllm"].items()}
+    hidden, inner, stack = 32, 48, 4 * FULL
+    assert {name: shape for name, shape in shapes.items() if name} == {
+        "experts.base_layer.lora_A.weight": (stack, hidden),
+        "experts.base_layer.lora_B.weight": (2 * inner, stack),
+        "experts.lora_A.weight": (stack, inner),
+        "experts.lora_B.weight": (hidden, stack),
+    }
+    left_out = [name for name, row in runs.rows(tmp_path / "vllm").items() if row.status == "skipped"]
+    assert all(".router." in name for name in left_out)
+    by_hand = models.with_tensors_of(pair.base_folder, pair.tuned_folder, left_out, tmp_path / "completed")
+    assert_is_the_fine_tune(type(pair.base).from_pretrained(by_hand).eval(), pair, tmp_path / "vllm")

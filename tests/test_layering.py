@@ -34,6 +34,7 @@ LAYERS = [
         "targets",
         "loaders",
         "experts",
+        "convolutions",
         "carry",
         "plan",
         "dispatch",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from phlora_pipeline import adapter, matrix, targets
+from phlora_pipeline import adapter, convolutions, matrix, targets
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.matrix import ROWS, Row
 from phlora_pipeline.targets import Dialect
@@ -63,9 +63,10 @@ def _is_of(asked: str, key: str) -> bool:
     return any(part in key for part in own) or key.startswith(f"{adapter.kohya_name(module)}.")
 
 
-def refused(pair: tuple[Path, Path], out: Path, dialect: Dialect, carry: str) -> bool:
+def refused(row: Row, pair: tuple[Path, Path], out: Path, dialect: Dialect, carry: str) -> bool:
+    groups = tuple(f"{glob}={number}" for glob, number in row.conv_groups)
     try:
-        runs.extract(*pair, out, dialect=dialect, carry=carry, force=True)
+        runs.extract(*pair, out, dialect=dialect, carry=carry, force=True, conv_groups=groups)
     except RequestError:
         return True
     return False
@@ -78,14 +79,14 @@ def test_a_cell_tells_what_an_extraction_does(number: int, dialect: Dialect, tmp
     for model_type, carried in witnesses(number, dialect):
         out = tmp_path / model_type / "out"
         pair = save(row, model_type, tmp_path / model_type)
-        if refused(pair, out, dialect, "all" if cell.whole else "none"):
+        if refused(row, pair, out, dialect, "all" if cell.whole else "none"):
             assert not carried
             assert not out.exists() or not list(out.iterdir())
             continue
         asked, rows = row.asked(model_type), runs.rows(out)
         told = rows[asked if asked in rows else f"{asked.partition('.experts.')[0]}.experts.down_proj"]
         with safe_open(out / "adapter_model.safetensors", "pt") as file:
-            keys = [key for key in file.keys() if _is_of(asked, key)]  # noqa: SIM118
+            keys = [key for key in file.keys() if _is_of(convolutions.whole_of(asked), key)]  # noqa: SIM118
         there = "carried" if cell.whole else "adapted"
         assert (told.status, bool(keys)) == ((there, True) if carried else ("skipped", False)), told
         assert bool(told.reason) != carried or told.reason.startswith(("rank", "kept whole"))

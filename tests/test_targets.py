@@ -196,9 +196,19 @@ def test_conv1d_weights_are_stored_the_other_way_round() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "says"),
-    [((), ""), ((3, 3, 3), ""), ((2, 5), ""), ((1, 3, 3), "one input channel"), ((1, 5), "one input")],
+    ("shape", "groups", "says"),
+    [
+        ((8, 3, 3, 3), None, ""),
+        ((8, 2, 5), None, ""),
+        ((8, 1, 3, 3), None, "one input channel"),
+        ((8, 1, 5), None, "one input"),
+        ((8, 1, 5), 1, ""),
+        ((8, 1, 5), 2, ""),
+        ((8, 4, 5), 3, "no smaller"),
+        ((8, 1, 5), 8, "no smaller"),
+    ],
 )
-def test_a_kernel_of_one_channel_is_not_guessed_at(kernel: tuple[int, ...], says: str) -> None:
-    assert says in targets.kernel_refusal(kernel)
-    assert bool(says) == bool(targets.kernel_refusal(kernel))
+def test_a_kernel_of_one_channel_is_not_guessed_at(shape: tuple[int, ...], groups: int | None, says: str) -> None:
+    found = targets.kernel_refusal("conv.weight", shape, groups, ())
+    assert says in found
+    assert bool(says) == bool(found)

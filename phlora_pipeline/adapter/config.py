@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from phlora_pipeline import targets
+from phlora_pipeline import convolutions, targets
 from phlora_pipeline.adapter.slots import Layout
 from phlora_pipeline.plan import Plan
 
@@ -24,7 +24,7 @@ def adapter_config(plan: Plan, layout: Layout, base_name: str, architectures: Se
         # No peft_type: PEFT would find none of the keys, and say nothing.
         return {"format": "kohya", "base_model_name_or_path": base_name or None, "r": plan.written_rank}
     causal = any("ForCausalLM" in name or "LMHead" in name for name in architectures)
-    modules = layout.modules - layout.parameters.keys()
+    modules = frozenset(map(convolutions.whole_of, layout.modules - layout.parameters.keys()))
     parameters = sorted(set(layout.parameters.values()))
     # PEFT and vLLM read a key as a regular expression for the end of a module's name; from `^` on it is the whole of it.
     pattern = {f"^{re.escape(module)}": rank for module, rank in layout.ranks.items()}

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from phlora_pipeline import experts
+from phlora_pipeline import convolutions, experts
 from phlora_pipeline.adapter.slots import Kept, Side, Slot
 from phlora_pipeline.checkpoint import read_tensors
 from phlora_pipeline.plan import TensorPair
@@ -48,11 +48,13 @@ def keep(item: Kept) -> Tensor:
 
 
 def fill_stack(slot: Slot, factors: Iterable[Tensor | None], rank: int, dtype: torch.dtype) -> Tensor:
-    """The same of a stack: one factor for each expert, in order."""
+    """The same of a stack: one factor for each expert, or group of a convolution, in order."""
     filled = torch.zeros(slot.shape, dtype=dtype)
-    for expert, factor in enumerate(factors):
-        one = experts.of_one(filled, expert, len(slot.stack), down=(slot.side == "A") != slot.transposed)
-        one.copy_(fill(replace(slot, shape=(one.shape[0], one.shape[1]), stack=()), factor, rank, dtype))
+    of_one = convolutions.of_one if slot.grouped else experts.of_one
+    for number, factor in enumerate(factors):
+        one = of_one(filled, number, len(slot.stack), down=(slot.side == "A") != slot.transposed)
+        of_each = min(rank, one.shape[0 if slot.side == "A" else 1]) if slot.grouped else rank
+        one.copy_(fill(replace(slot, shape=(one.shape[0], one.shape[1]), stack=()), factor, of_each, dtype))
     return filled
 
 

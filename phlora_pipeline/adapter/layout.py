@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from phlora_pipeline import carry, experts, targets
-from phlora_pipeline.adapter.slots import PREFIX, Kept, Layout, Slot, kohya_slots, pair_slots
+from phlora_pipeline import carry, convolutions, experts, targets
+from phlora_pipeline.adapter.slots import PREFIX, Kept, Layout, Slot, group_slots, kohya_slots, pair_slots
 from phlora_pipeline.checkpoint import TensorRef
 from phlora_pipeline.plan import Plan, TensorPair
 from phlora_pipeline.targets import Kind
@@ -35,16 +35,27 @@ def make_layout(
     own = [pair for pair in plan.adapted if pair.name in factored]
     adapted = frozenset(pair.module for pair in own)
     rules = targets.server_rules(plan.model_type, plan.dialect)
-    filled = adapted if rules.whole_families else {pair.module for pair in own if pair.kind in _STACKED}
+    shadowed = _shadowed(plan)
+    filled = (
+        adapted
+        if rules.whole_families
+        else {pair.module for pair in own if pair.kind in _STACKED} | (adapted & shadowed)
+    )
     zero = targets.families(plan.matrices, frozenset(filled))
     moved = {place.module for name, place in plan.carried.items() if place.how == "bias" and name in changed}
-    zero |= moved - adapted  # a bias needs a pair that it can be the bias of
+    # A bias needs a pair that it can be the bias of; of a grouped convolution all groups are in one.
+    zero |= (moved & plan.matrices.keys()) - adapted
+    zero |= convolutions.siblings(plan.matrices, adapted | moved) - adapted
     whole = tuple(carry.kept_modules(changed, plan.carried, tuned or {}))
     if whole and not adapted | zero:
-        zero = frozenset({plan.adapted[0].module})  # PEFT loads no LoRA without a pair
+        # PEFT loads no LoRA without a pair.
+        first = plan.adapted[0].module
+        zero = convolutions.siblings(plan.matrices, [first]) | {first}
     stacks = _stacks(plan, adapted | zero)
     stacked = {pair.module for pairs in stacks.values() for pair in pairs}
-    bare = stacked | _routers(plan, adapted | zero)
+    bare = stacked | _routers(plan, adapted | zero) | (shadowed & (adapted | zero))
+    grouped = _by_convolution(plan, adapted | zero)
+    stacked |= {pair.module for pairs in grouped.values() for pair in pairs}
     ranks = {pair.module: _slot_rank(plan, pair, (own_ranks or {}).get(pair.name, plan.rank)) for pair in own}
     ranks |= {module: _slot_rank(plan, plan.matrices[module], 1) for module in zero}
     slots = [
@@ -54,6 +65,11 @@ def make_layout(
         for slot in _pair_slots(plan, pair, ranks[pair.module], pair.name)
     ]
     slots += [slot for name, pairs in stacks.items() for slot in _stack_slots(plan, name, pairs, factored)]
+    for name, pairs in grouped.items():
+        each = max(_rank_of_group(plan, pair, (own_ranks or {}).get(pair.name, 1)) for pair in pairs)
+        slots += group_slots(name, pairs, each, factored)
+        ranks = {module: rank for module, rank in ranks.items() if convolutions.whole_of(module) != name}
+        ranks[name] = each * len(pairs)
     slots += [
         slot for module in zero - stacked for slot in _pair_slots(plan, plan.matrices[module], ranks[module], None)
     ]
@@ -69,7 +85,9 @@ def make_layout(
     turned = any(targets.is_transposed(module, plan.model_type) for module in adapted - bare)
     kept = [*_whole(plan, whole, tuned or {})]
     if moved:
-        kept += [_bias(plan, module, base or {}, tuned or {}) for module in adapted | zero]
+        kept += [
+            _bias(plan, module, base or {}, tuned or {}) for module in set(map(convolutions.whole_of, adapted | zero))
+        ]
     if plan.tied and plan.tied[0] in whole:
         whole += (plan.tied[1],)
     return Layout(
@@ -98,8 +116,10 @@ def _whole(plan: Plan, modules: Sequence[str], tuned: Mapping[str, TensorRef]) -
 
 def _bias(plan: Plan, module: str, base: Mapping[str, TensorRef], tuned: Mapping[str, TensorRef]) -> Kept:
     """The difference of a module's bias; zeros where it has none. PEFT looks for one beside every pair."""
-    name, pair = f"{module}.bias", plan.matrices[module]
-    rows = pair.shape[1] if targets.is_transposed(module, plan.model_type) else pair.rows
+    name = f"{module}.bias"
+    pairs = [plan.matrices[part] for part in convolutions.siblings(plan.matrices, [module]) or [module]]
+    turned = targets.is_transposed(module, plan.model_type)
+    rows = sum(pair.shape[1] if turned else pair.rows for pair in pairs)
     if name in base and name in tuned:
         return Kept(f"{PREFIX}{module}.lora_B.bias", "F32", tuned[name].shape, tuned[name], base[name])
     return Kept(f"{PREFIX}{module}.lora_B.bias", "F32", (rows,))
@@ -116,6 +136,18 @@ def _stacks(plan: Plan, modules: frozenset[str]) -> dict[str, list[TensorPair]]:
     return found
 
 
+def _by_convolution(plan: Plan, modules: frozenset[str]) -> dict[str, list[TensorPair]]:
+    """Grouped convolution → its groups in order."""
+    found: dict[str, list[TensorPair]] = {}
+    for module in sorted(convolutions.siblings(plan.matrices, modules), key=convolutions.number_of):
+        found.setdefault(convolutions.whole_of(module), []).append(plan.matrices[module])
+    return found
+
+
+def _rank_of_group(plan: Plan, pair: TensorPair, own: int) -> int:
+    return own if plan.per_tensor_ranks else convolutions.rank_of_one(pair.module, plan.rank)
+
+
 def _routers(plan: Plan, modules: frozenset[str]) -> set[str]:
     """Those that are no linear layers in memory."""
     bare = targets.takes_parameters(plan.model_type, plan.dialect)
@@ -128,6 +160,13 @@ def _stack_slots(plan: Plan, parameter: str, pairs: Sequence[TensorPair], change
     width = plan.written_rank * len(pairs)
     both = pair_slots(experts.wrapper_of(parameter), pairs[0], width, None, embedding=False, transposed=transposed)
     return [replace(slot, stack=stack) for slot in both]
+
+
+def _shadowed(plan: Plan) -> frozenset[str]:
+    """Modules that PEFT would take for experts, and finds by their parameters."""
+    if plan.dialect != "peft" or not targets.has_experts((*plan.matrices, *plan.left_out, *plan.unread)):
+        return frozenset()
+    return frozenset(module for module, pair in plan.matrices.items() if targets.shadowed(module, pair.kind))
 
 
 def _slot_rank(plan: Plan, pair: TensorPair, own: int) -> int:

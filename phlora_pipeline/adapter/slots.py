@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -31,6 +31,7 @@ class Slot:
         transposed: whether the factor is turned: for weights that are stored as (in, out), and for embeddings.
         stack: instead of `tensor`, the weights of all experts in order, where one tensor of the file holds the factors of all.
         alpha: the number that it holds, where it is no factor: kohya's files have each pair's alpha in them.
+        grouped: whether the stack is of a convolution's groups, and not of experts.
     """
 
     key: str
@@ -40,6 +41,7 @@ class Slot:
     transposed: bool
     stack: tuple[str | None, ...] = ()
     alpha: int | None = None
+    grouped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,24 @@ def pair_slots(
     return [
         Slot(f"{PREFIX}{module}.{down}", (rank, *into), tensor, first, transposed),  # type: ignore[arg-type]
         Slot(f"{PREFIX}{module}.{up}", (outputs, rank, *out_of), tensor, second, transposed),  # type: ignore[arg-type]
+    ]
+
+
+def group_slots(module: str, pairs: Sequence[TensorPair], rank: int, factored: frozenset[str]) -> list[Slot]:
+    """The pair of a grouped convolution: A over the channels of all groups, B a group at a time.
+
+    Args:
+        module: the convolution.
+        pairs: its groups in order.
+        rank: of each.
+        factored: tensors that have factors.
+    """
+    (channels, *window), count = pairs[0].kernel, len(pairs)
+    stack = tuple(pair.name if pair.name in factored else None for pair in pairs)
+    down, up = (rank * count, channels * count, *window), (pairs[0].rows * count, rank, *(1 for _ in window))
+    return [
+        Slot(f"{PREFIX}{module}.lora_A.weight", down, None, "A", transposed=False, stack=stack, grouped=True),
+        Slot(f"{PREFIX}{module}.lora_B.weight", up, None, "B", transposed=False, stack=stack, grouped=True),
     ]
 
 

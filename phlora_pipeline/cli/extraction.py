@@ -16,6 +16,7 @@ from phlora_pipeline.cli.options import (
     BaseName,
     Carry,
     CarryOption,
+    ConvGroups,
     Dialect,
     Dtype,
     DtypeOption,
@@ -55,6 +56,7 @@ def extract(
     targets: TargetsOption = Targets.ALL,
     include: Include = None,
     exclude: Exclude = None,
+    conv_groups: ConvGroups = None,
     carry: CarryOption = Carry.NONE,
     dialect: For = Dialect.PORTABLE,
     base_name: BaseName = "",
@@ -115,7 +117,7 @@ def extract(
     from phlora_pipeline import config
 
     settings = config.run_config(
-        base=base, tuned=tuned, out=out, rank=rank, energy=energy, max_rank=max_rank, targets=targets.value, include=tuple(include or ()), carry=carry.value, exclude=tuple(exclude or ()),
+        base=base, tuned=tuned, out=out, rank=rank, energy=energy, max_rank=max_rank, targets=targets.value, include=tuple(include or ()), carry=carry.value, exclude=tuple(exclude or ()), conv_groups=tuple(conv_groups or ()),
         dialect=dialect.value, base_name=base_name, dtype=dtype.value, solver=solver.value, tolerance=tolerance, profile=profile, engine=engine.value, device=device, workers=workers,
         threads=threads, allow_partial=allow_partial, overwrite=overwrite, force=force, keep_parts=keep_parts,
     )  # fmt: skip
@@ -142,6 +144,7 @@ def plan(
     targets: TargetsOption = Targets.ALL,
     include: Include = None,
     exclude: Exclude = None,
+    conv_groups: ConvGroups = None,
     carry: CarryOption = Carry.NONE,
     dialect: For = Dialect.PORTABLE,
     solver: SolverOption = Solver.AUTO,
@@ -178,7 +181,7 @@ def plan(
 
     settings = config.run_config(
         base=base, tuned=tuned, rank=rank, energy=energy, max_rank=max_rank, targets=targets.value, include=tuple(include or ()), carry=carry.value,
-        exclude=tuple(exclude or ()), dialect=dialect.value, solver=solver.value, device=device, profile=profile,
+        exclude=tuple(exclude or ()), conv_groups=tuple(conv_groups or ()), dialect=dialect.value, solver=solver.value, device=device, profile=profile,
     )  # fmt: skip
     with loading():
         from phlora_pipeline import pipeline

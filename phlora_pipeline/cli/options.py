@@ -114,6 +114,15 @@ Exclude = Annotated[
         help="Leave out tensors whose name matches; may be repeated.",
     ),
 ]
+ConvGroups = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--conv-groups",
+        metavar="GLOB=N",
+        rich_help_panel=SELECT,
+        help="These convolutions have N groups, which no checkpoint says; may be repeated. Example: 'pos_conv*=16'.",
+    ),
+]
 CarryOption = Annotated[
     Carry,
     typer.Option(

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from phlora_pipeline import carry, targets
+from phlora_pipeline import carry, convolutions, targets
 from phlora_pipeline.checkpoint import TORCH_DTYPES, Checkpoint, TensorRef
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.plan.blocks import TensorPair
 from phlora_pipeline.targets import Selection, ServerRules
+
+_CONVOLUTIONS = {
+    r"^(?!norm|mamba|num_key).*groups(_width)?$": "if one of the convolutions that are adapted is grouped, PEFT will not load its pair: say it by --conv-groups 'GLOB=N'",
+    r"dilation": "PEFT forgets a convolution's dilation until the adapter is merged: merge it, or leave dilated ones out by --exclude 'GLOB'",
+}
 
 
 def pair_up(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> tuple[list[TensorPair], dict[str, str]]:
@@ -67,18 +74,21 @@ def choose(
     """Pairs that are adapted, and the reason for each that is not."""
     chosen: list[TensorPair] = []
     left_out: dict[str, str] = {}
-    experts = any(pair.kind == "expert" for pair in pairs)
+    experts = targets.has_experts(pair.name for pair in pairs)
+    shapes = {pair.name: pair.shape for pair in pairs}
     for pair in pairs:
+        name = convolutions.whole_of(pair.name)
         reason = (
-            (targets.EXCLUDED if selection.excludes(pair.name) else "")
+            (targets.EXCLUDED if selection.excludes(name) else "")
             or targets.shape_refusal(pair.shape, pair.kind, pair.tuned.dtype)
             or targets.shape_refusal(pair.shape, pair.kind, pair.base.dtype)
-            or targets.kernel_refusal(pair.kernel)
-            or selection.refusal(pair.name, pair.kind)
+            or (_kernel_refusal(pair.name, (pair.shape[0], *pair.kernel), shapes, selection) if pair.kernel else "")
+            or selection.refusal(name, pair.kind)
             or (targets.tower_refusal(pair.name) if multimodal else "")
-            or (_shadowed_refusal(pair) if experts else "")
+            or (_shadowed_refusal(pair, rules) if experts else "")
             or targets.server_refusal(pair.kind, pair.shape, rules)
             or _single_expert_refusal(pair, rules)
+            or _group_refusal(pair, rules)
             or _tied_refusal(pair, rules, tied)
         )
         if reason:
@@ -102,31 +112,51 @@ def keep_whole(
     Returns:
         Pairs that are adapted, the reason for each tensor that is not, and the place of each that is kept.
     """
-    biases = carry.has_biases(tensors, (pair.module for pair in chosen))
+    biases = carry.has_biases(tensors, (convolutions.whole_of(pair.module) for pair in chosen))
+    shapes = {name: ref.shape for name, ref in tensors.items()}
     aside = {
         pair.name: pair.kind
         for pair in chosen
         if (biases and pair.kind == "embedding") or tensors[pair.name].shape[0] > pair.rows
     }
-    adapted = {pair.module: pair.kind for pair in chosen if pair.name not in aside}
+    adapted = {convolutions.whole_of(pair.module): pair.kind for pair in chosen if pair.name not in aside}
     wanted = aside | {
         name: kind
         for name, ref in tensors.items()
-        if ((kind := targets.kind_of(name, ref.shape)) in {"norm", "bias"} or (kind == "other" and len(ref.shape) == 1))
+        if (
+            (kind := targets.kind_of(name, ref.shape)) in {"norm", "bias"}
+            or (kind == "other" and len(ref.shape) == 1)
+            or (kind == "conv" and _kernel_refusal(name, ref.shape, shapes, selection))
+        )
         and not selection.excludes(name)
     }
     places, without = carry.places(wanted, tensors, adapted)
-    kept = [pair for pair in chosen if pair.module in adapted or pair.name in without]
+    kept = [pair for pair in chosen if pair.name not in aside or pair.name in without]
     told = {name: carry.BESIDE_BIASES if name in aside else places[name].words for name in places}
     return kept, {**left_out, **told, **{name: why for name, why in without.items() if name in left_out}}, places
 
 
-def _shadowed_refusal(pair: TensorPair) -> str:
-    """Dense layers and shared experts beside routed ones: PEFT on transformers 5 takes their names for the experts'."""
+def _kernel_refusal(name: str, shape: Sequence[int], shapes: Mapping[str, Sequence[int]], selection: Selection) -> str:
+    """Why a convolution is not adapted; one that was taken apart by its groups is."""
+    if convolutions.whole_of(name) != name:
+        return ""
+    bias = shapes.get(f"{targets.module_of(name)}.bias", ())
+    return targets.kernel_refusal(name, shape, selection.groups_of(name), bias)
+
+
+def _group_refusal(pair: TensorPair, rules: ServerRules) -> str:
+    if convolutions.groups_of(pair.module) == 1 or rules.dialect == "peft":
+        return ""
+    return "a grouped convolution is not known to be applied by any but PEFT; --for peft adapts it"
+
+
+def _shadowed_refusal(pair: TensorPair, rules: ServerRules) -> str:
+    """Dense layers and shared experts beside routed ones; PEFT alone is given them as parameters, which it finds."""
+    if rules.dialect == "peft" or "PEFT" not in rules.takes or not targets.shadowed(pair.module, pair.kind):
+        return ""
     leaf = pair.module.rpartition(".")[2]
-    if pair.kind == "mlp" and leaf in {"gate_proj", "up_proj", "down_proj"}:
-        return f"PEFT takes every {leaf} of a model with experts for one of them, and would drop this one"
-    return ""
+    told = f"PEFT takes every {leaf} of a model with experts for one of them, and would drop this one"
+    return f"{told}; --for peft adapts it"
 
 
 def _single_expert_refusal(pair: TensorPair, rules: ServerRules) -> str:
@@ -177,6 +207,20 @@ def tied_modules(configured: Checkpoint, pairs: Sequence[TensorPair]) -> tuple[s
 def multimodal(base: Checkpoint, tuned: Checkpoint) -> bool:
     """Whether there is more to the model than language."""
     return any(key in side.config for side in (base, tuned) for key in ("vision_config", "audio_config"))
+
+
+def of_convolutions(chosen: Sequence[TensorPair], config: Mapping[str, Any]) -> Iterator[str]:
+    """What PEFT makes of a convolution that is not as plain as its kernel looks, where `config.json` speaks of such."""
+    names = [pair.name for pair in chosen if pair.kernel and convolutions.groups_of(pair.module) == 1]
+    for about, meant in _CONVOLUTIONS.items():
+        found = {key: value for key, value in config.items() if re.search(about, key) and _beyond_one(value)}
+        if names and found:
+            told = ", ".join(f"{key} {value}" for key, value in sorted(found.items()))
+            yield f"config.json says {told}; {meant} ({some(names)})"
+
+
+def _beyond_one(value: object) -> bool:
+    return any(map(_beyond_one, value)) if isinstance(value, list) else isinstance(value, int) and value > 1
 
 
 def some(names: Iterable[str], most: int = 3) -> str:

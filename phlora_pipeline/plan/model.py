@@ -14,7 +14,7 @@ from phlora_pipeline.carry import Carry, Place
 from phlora_pipeline.checkpoint import Checkpoint
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.plan.blocks import BLOCK_BYTES, TensorPair, digest_of, make_blocks
-from phlora_pipeline.plan.choice import choose, keep_whole, multimodal, pair_up, some, tied_modules
+from phlora_pipeline.plan.choice import choose, keep_whole, multimodal, of_convolutions, pair_up, some, tied_modules
 from phlora_pipeline.plan.tasks import Member, Task, largest_first
 from phlora_pipeline.quantised import FP8
 from phlora_pipeline.targets import Dialect, Selection, ServerRules
@@ -224,7 +224,10 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
         rank_grid=grid,
         per_tensor_ranks=per_tensor,
         energy=settings.factors.energy,
-        warnings=tuple(_warnings(base, tuned, settings, written, pairs)),
+        warnings=(
+            *_warnings(base, tuned, settings, written, pairs),
+            *of_convolutions(chosen, tuned.config or base.config),
+        ),
     )
 
 

@@ -10,12 +10,15 @@ from phlora_pipeline.targets.families import families, target_modules
 from phlora_pipeline.targets.kinds import (
     MATRIX_KINDS,
     Kind,
+    has_experts,
     kernel_refusal,
     kind_of,
     module_of,
     resized,
+    shadowed,
     shape_refusal,
     tower_refusal,
+    worth_grouping,
 )
 from phlora_pipeline.targets.selection import EXCLUDED, Selection, Targets
 from phlora_pipeline.targets.servers import (
@@ -34,6 +37,7 @@ from phlora_pipeline.targets.servers import (
 
 __all__ = [
     "EXCLUDED", "MATRIX_KINDS", "Dialect", "Kind", "Selection", "ServerRules", "Targets", "dialects", "expert_names",
-    "families", "is_conv1d", "is_transposed", "kernel_refusal", "kind_of", "model_types", "module_of", "resized",
-    "server_refusal", "server_rules", "shape_refusal", "takes_parameters", "target_modules", "tower_refusal", "written_rank",
+    "families", "has_experts", "is_conv1d", "is_transposed", "kernel_refusal", "kind_of", "model_types", "module_of", "resized",
+    "server_refusal", "server_rules", "shadowed", "shape_refusal", "takes_parameters", "target_modules", "tower_refusal",
+    "worth_grouping", "written_rank",
 ]  # fmt: skip

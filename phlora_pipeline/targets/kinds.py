@@ -27,6 +27,9 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 _STACKED = re.compile(r"(^|\.)experts\.[a-z]\w*(\.weight)?$")
 _ROUTER = re.compile(r"\.(gate|router|router\.layer|shared_expert_gate)$")
 _NORM = re.compile(r"(norm\w*|(^|_)ln(_\w+)?\d*)$", re.IGNORECASE)
+# Nothing but the name or the bias tells: a transposed kernel is (in, out, height …), and its bias as long as out.
+_TRANSPOSED = re.compile(r"de_?conv|conv_?(\dd_?)?transpose|transposed?_?conv", re.IGNORECASE)
+_KEEP = "; --for peft --carry all keeps it whole"
 _ATTENTION = re.compile(
     r"(^|\.)(self_?attn\w*|\w*attention\w*|attn\w*)\.|(^|\.)([qkvo]_proj|qkv(_proj)?|query_key_value|w[qkvo]|W_pack|query|key|value)$"
 )
@@ -80,6 +83,22 @@ def _matrix_kind(module: str, leaf: str) -> Kind:
     return "mlp" if _MLP.search(module) else "linear"
 
 
+def shadowed(module: str, kind: Kind) -> bool:
+    """Whether PEFT takes a module of a model with experts for one of them: dense layers, shared experts.
+
+    On transformers 5 it turns every name of `target_modules` that ends so into the parameter that stacks the experts.
+
+    >>> shadowed("layers.0.mlp.shared_expert.up_proj", "mlp"), shadowed("layers.0.mlp.experts.0.up_proj", "expert")
+    (True, False)
+    """
+    return kind == "mlp" and module.rpartition(".")[2] in {"gate_proj", "up_proj", "down_proj"}
+
+
+def has_experts(names: Iterable[str]) -> bool:
+    """Whether any tensor or module is an expert's, or a stack of them."""
+    return any(_EXPERT.search(name) or _STACKED.search(name) for name in names)
+
+
 def tower_refusal(name: str) -> str:
     """Why a weight beside a multimodal model's language model is not adapted; empty for the language model's own."""
     return (
@@ -100,11 +119,30 @@ def shape_refusal(shape: Sequence[int], kind: Kind, dtype: str) -> str:
     return ""
 
 
-def kernel_refusal(kernel: Sequence[int]) -> str:
-    """Why a convolution is not adapted, from its kernel (channels, height …); empty where it is."""
-    if kernel and kernel[0] == 1:
-        return "a kernel of one input channel: grouped or not, its shape does not tell, and PEFT's factors differ"
+def kernel_refusal(name: str, shape: Sequence[int], groups: int | None, bias: Sequence[int]) -> str:
+    """Why a convolution is not adapted; empty where it is.
+
+    Args:
+        name: the tensor.
+        shape: (rows, channels, height …).
+        groups: how many it has; None where nobody said.
+        bias: shape of the bias beside it; empty where there is none.
+    """
+    if _TRANSPOSED.search(name) or (bias and bias[0] != shape[0]):
+        return f"a transposed convolution, which PEFT does not adapt{_KEEP}"
+    if groups is None:
+        told = "a kernel of one input channel: depthwise or not, its shape does not tell, and PEFT's factors differ"
+        return (
+            f"{told}; --conv-groups 'GLOB=1' adapts it as not grouped{_KEEP.replace(';', ',')}" if shape[1] == 1 else ""
+        )
+    if groups > 1 and not worth_grouping(shape[0], groups):
+        return f"PEFT's pair for a convolution of so many groups is no smaller than its kernel{_KEEP}"
     return ""
+
+
+def worth_grouping(rows: int, groups: int) -> bool:
+    """Whether PEFT's pair for a convolution of several groups is any smaller than its kernel (convolutions.py says why)."""
+    return groups > 1 and groups * groups < rows
 
 
 def resized(shapes: Iterable[tuple[Kind, Sequence[int], Sequence[int]]]) -> frozenset[tuple[int, int]]:

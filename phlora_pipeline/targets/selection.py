@@ -24,15 +24,26 @@ class Selection:
     Attributes:
         targets: a named set of kinds.
         include, exclude: globs on tensor or module names. With `include`, only what matches is adapted, whatever its kind of matrix.
+        conv_groups: (glob, number of groups) of convolutions, which no checkpoint says; the first that matches counts.
     """
 
     targets: Targets = "all"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    conv_groups: tuple[tuple[str, int], ...] = ()
 
     def excludes(self, name: str) -> bool:
         """Whether `--exclude` names the tensor."""
         return any(_matches(name, pattern) for pattern in self.exclude)
+
+    def groups_of(self, name: str) -> int | None:
+        """How many groups a convolution has; None where nobody said."""
+        return next((groups for glob, groups in self.conv_groups if self.says(glob, name)), None)
+
+    @staticmethod
+    def says(glob: str, name: str) -> bool:
+        """Whether a glob names the tensor."""
+        return _matches(name, glob)
 
     def refusal(self, name: str, kind: Kind) -> str:
         """Why a matrix is not adapted by the user's choice; empty where it is."""

@@ -129,7 +129,7 @@ def expert_names(model_type: str) -> Mapping[str, str]:
 
 def takes_parameters(model_type: str, dialect: Dialect) -> bool:
     """Whether experts, stacked, and routers are adapted as parameters, not as modules."""
-    return dialect == "peft" and server_rules(model_type, dialect).stacked_experts
+    return server_rules(model_type, dialect).stacked_experts
 
 
 def written_rank(rank: int, grid: Sequence[int]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from phlora_pipeline import adapter, experts, loaders, names, storage, targets
+from phlora_pipeline import adapter, convolutions, experts, loaders, names, storage, targets
 from phlora_pipeline.checkpoint import open_checkpoint, open_file
 from phlora_pipeline.extract import checked_device
 from phlora_pipeline.targets import Dialect
@@ -17,7 +17,7 @@ from phlora_pipeline.verify.check import ModuleCheck, check
 from phlora_pipeline.verify.files import config_of, dialect_of, digest_problems, promises_of, ranks_of, run_of
 from phlora_pipeline.verify.kept import without_kept
 from phlora_pipeline.verify.keys import broken_promises, key_problems
-from phlora_pipeline.verify.pairs import Factors, kohya_pairs, pairs_of, scale_of
+from phlora_pipeline.verify.pairs import Factors, groups_in, kohya_pairs, pairs_of, scale_of
 
 __all__ = ["TOLERANCE", "ModuleCheck", "Verification", "verify"]
 
@@ -68,6 +68,8 @@ def verify(
     ranks = ranks_of(config, folder)
     tensors, _ = open_file(storage.join(folder, adapter.WEIGHTS))
     own, problems = without_kept(tensors, config, base, tuned)
+    groups = groups_in(own)
+    base, tuned = convolutions.apart(base, groups), convolutions.apart(tuned, groups)
     kohya = config.get("format") == "kohya"
     parameters = config.get("target_parameters") or []
     pairs, more = kohya_pairs(own, base) if kohya else pairs_of(own, ranks, parameters)

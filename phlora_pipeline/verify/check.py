@@ -61,6 +61,8 @@ def check(
     if before is None or after is None or before.shape[1:] != after.shape[1:] or len(before.shape) < 2:
         return _unmeasured(module, "the checkpoints hold no comparable matrix of this name")
     down, up = (tensor.to(device, torch.float32).flatten(1) for tensor in factors.read(pair))  # (r, in), (out, r)
+    if factors.strays(pair):
+        return _unmeasured(module, "A has entries beside its groups' own channels, which no grouped kernel can see")
     before, after = before.matrix, after.matrix
     turned = pair.embedding or targets.is_transposed(module, tuned.model_type or base.model_type)
     product = (down.mT, up.mT) if turned else (up, down)

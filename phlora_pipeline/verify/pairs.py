@@ -10,6 +10,7 @@ from torch import Tensor
 
 from phlora_pipeline import (
     adapter,
+    convolutions,
     experts,
     loaders,
     targets,
@@ -29,7 +30,8 @@ class Pair:
         down, up: A and B, in the orientation that they are stored in.
         embedding: whether they are an embedding's.
         alpha: the tensor that holds it, in kohya's files.
-        expert, experts: which of how many, where they hold the factors of all experts.
+        expert, experts: which of how many, where they hold the factors of all experts, or of all groups of a convolution.
+        grouped: whether they are a convolution's.
     """
 
     down: TensorRef
@@ -38,6 +40,7 @@ class Pair:
     alpha: TensorRef | None = None
     expert: int = 0
     experts: int = 1
+    grouped: bool = False
 
 
 class Factors:
@@ -54,7 +57,28 @@ class Factors:
         if pair.experts == 1:
             return self._held
         both = zip(self._held, (True, False), strict=True)
-        return [experts.of_one(held, pair.expert, pair.experts, down=down) for held, down in both]
+        of_one = convolutions.of_one if pair.grouped else experts.of_one
+        return [of_one(held, pair.expert, pair.experts, down=down) for held, down in both]
+
+    def strays(self, pair: Pair) -> bool:
+        """Whether A, as it was read last, has entries that no group of the convolution sees."""
+        return pair.grouped and pair.expert == 0 and convolutions.reaches_across(self._held[0], pair.experts)
+
+
+def groups_in(tensors: Mapping[str, TensorRef]) -> dict[str, int]:
+    """Kernel → its groups, as the shapes of its pair say: A has the rows of all, B the columns of one."""
+    found = {}
+    for key, up in tensors.items():
+        down = tensors.get(key.replace(".lora_B.", ".lora_A."))
+        if (
+            (match := _KEY.fullmatch(key))
+            and match["linear"] == "lora_B"
+            and len(up.shape) > 2
+            and up.shape[1]
+            and down
+        ):
+            found[f"{match['module']}.weight"] = down.shape[0] // up.shape[1]
+    return {name: groups for name, groups in found.items() if groups > 1}
 
 
 def pairs_of(
@@ -71,6 +95,7 @@ def pairs_of(
             sides.setdefault(match["module"], {})[match["embedding"] or match["linear"]] = ref
     pairs: dict[str, Pair] = {}
     stacks = {experts.wrapper_of(name): name for name in parameters}
+    groups = groups_in(tensors)
     for module, found in sides.items():
         if set(found) not in ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"}):
             problems.append(f"{module} has {', '.join(sorted(found))} without its counterpart")
@@ -82,6 +107,13 @@ def pairs_of(
             pairs |= {
                 f"{at}.{expert}.{leaf}": Pair(down, up, embedding=False, expert=expert, experts=count)
                 for expert in range(count)
+            }
+        elif (count := groups.get(f"{module}.weight", 1)) > 1 and down.shape[0] == rank == count * up.shape[1]:
+            pairs |= {
+                f"{module}.group_{group}_of_{count}": Pair(
+                    down, up, embedding=False, expert=group, experts=count, grouped=True
+                )
+                for group in range(count)
             }
         elif down.shape[0] == rank == up.shape[1]:
             pairs[module] = Pair(down, up, embedding="lora_embedding_A" in found)

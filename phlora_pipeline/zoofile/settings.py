@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from phlora_pipeline import config
-from phlora_pipeline.config import MAX_RANK, Dtype, RunConfig
+from phlora_pipeline.config import MAX_RANK, Dtype, Groups, RunConfig
 from phlora_pipeline.errors import quoted
 from phlora_pipeline.zoofile.document import Path
 
@@ -95,6 +95,7 @@ class ExtractSettings(Strict):
     )
     include: tuple[str, ...] = Field(default=(), description="globs of tensor names: only these")
     exclude: tuple[str, ...] = Field(default=(), description="globs of tensor names: not these")
+    conv_groups: tuple[Groups, ...] = Field(default=(), description="GLOB=N: these convolutions have so many groups")
     carry: Literal["none", "all"] = Field(
         default="none", description="all: norms, biases and grown embeddings are kept whole, with `for: peft`"
     )
