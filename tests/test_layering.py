@@ -43,6 +43,7 @@ LAYERS = [
         "manifest",
         "summary",
         "card",
+        "policy",
         "matrix",
     },
     {
@@ -57,7 +58,7 @@ LAYERS = [
         "convert",
         "calibrate",
     },
-    {"pipeline", "zoo", "submit"},
+    {"prepare", "pipeline", "several", "zoo", "submit"},
     {"cli", "console", "render", "__main__"},
 ]
 HOMES = {
