@@ -289,6 +289,7 @@ def _measured_row(row: EnergyRow, result: TensorResult, plan: Plan, layout: Layo
         status=status,
         reason=reason,
         delta_norm=math.sqrt(result.delta_sq),
+        noise_energy=min(result.noise_sq / result.delta_sq, 1.0) if changed else None,
         relative_change=math.sqrt(result.delta_sq / result.base_sq) if result.base_sq else None,
         cosine=_cosine(result),
     )

@@ -20,7 +20,7 @@ from phlora_pipeline.quantised import FP8
 from phlora_pipeline.ranks import FIXED, Policy
 from phlora_pipeline.targets import Dialect, Selection, ServerRules
 
-NUMERICS_REVISION = 2
+NUMERICS_REVISION = 3
 """Raised when results change, so that an upgrade recomputes a zoo only where it must."""
 
 _RUNTIME_BYTES = 512 << 20
