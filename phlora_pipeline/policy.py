@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from phlora_pipeline import adapter, ranks, targets
+from phlora_pipeline import adapter, lowrank, ranks, targets
 from phlora_pipeline.adapter import Layout
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.parts import TensorResult
@@ -17,9 +17,6 @@ Draft = Callable[[Plan, Mapping[str, int]], Layout]
 """The layout of a plan's adapter whose tensors have these ranks; those that are not named have no pair of their own."""
 
 BELOW_PRECISION = "update below storage precision"
-
-_HALF = 0.5
-"""Where fewer of the entries of the rows that moved have changed, the others hide what they lost: rounding is no noise there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +151,11 @@ def _amount(budget: Budget, layout: Layout, dtype: str) -> int:
 
 
 def _above_noise(result: TensorResult, spectrum: Spectrum) -> int:
-    return ranks.above_noise(spectrum) if result.changed >= _HALF else 0
+    return 0 if lowrank.below_precision(result.changed) else ranks.above_noise(spectrum)
 
 
 def _why_noise(result: TensorResult) -> str:
-    if result.changed < _HALF:
+    if lowrank.below_precision(result.changed):
         return f"{BELOW_PRECISION}: only {percent(result.changed)} of the entries of its rows that moved differ"
     return f"{BELOW_PRECISION}: no singular value stands above the edge of its rounding noise, {result.noise_edge:.3g}"
 
