@@ -72,9 +72,9 @@ class Reduction:
         return tuple(row for row in self.rows if row.status == "failed")
 
     @property
-    def weight_bytes(self) -> int:
-        """Size of the adapter's tensors."""
-        return adapter.tensor_bytes(self.layout, self.dtype)
+    def file_bytes(self) -> int:
+        """Size of the weights' file."""
+        return adapter.file_bytes(self.layout, self.dtype)
 
 
 def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint, tuned: Checkpoint) -> Reduction:
@@ -192,7 +192,7 @@ def publish(
             digest.update(chunk)
             yield chunk
 
-    size = len(header) + reduction.weight_bytes
+    size = reduction.file_bytes
     _put(out, adapter.WEIGHTS, storage.put_new(storage.join(out, adapter.WEIGHTS), body, size=size))
     put = storage.stat(storage.join(out, adapter.WEIGHTS))
     publish_manifest(out, reduction.rows, model=model, base=base)

@@ -16,19 +16,13 @@ def file_header(layout: Layout, dtype: str) -> bytes:
     )
 
 
-def tensor_bytes(layout: Layout, dtype: str) -> int:
-    """Of all tensors in it."""
-    return sum(
-        safetensors_format.tensor_bytes(stored_dtype(item, dtype)[0], item.shape)
-        for item in layout.in_file_order(dtype)
-    )
-
-
 def file_bytes(layout: Layout, dtype: str) -> int:
     """Of the file: header and tensors; 0 of an adapter without any, which is not written."""
     if not layout.slots:
         return 0
-    return len(file_header(layout, dtype)) + tensor_bytes(layout, dtype)
+    items = layout.in_file_order(dtype)
+    payload = sum(safetensors_format.tensor_bytes(stored_dtype(item, dtype)[0], item.shape) for item in items)
+    return len(file_header(layout, dtype)) + payload
 
 
 def parameters(layout: Layout) -> int:
