@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from phlora_pipeline import targets
 from phlora_pipeline.manifest import EnergyRow
 from phlora_pipeline.plan import Plan
-from phlora_pipeline.summary import Summary, percent, reasons, summarize
+from phlora_pipeline.summary import Summary, percent, reasons, size, summarize
 
 MOST_NAMES = 40
 
 
-def model_card(plan: Plan, rows: Sequence[EnergyRow], *, base_name: str, dtype: str) -> str:
+def model_card(
+    plan: Plan, rows: Sequence[EnergyRow], *, base_name: str, dtype: str, sizes: tuple[int, int] = (0, 0)
+) -> str:
     """The card, with the front matter that hubs read.
 
     Args:
@@ -21,6 +23,7 @@ def model_card(plan: Plan, rows: Sequence[EnergyRow], *, base_name: str, dtype: 
         rows: of the manifest.
         base_name: hub id or served name of the base; empty where it is not known. Never a path.
         dtype: of the adapter.
+        sizes: bytes of the weights' file, as it is, and if each pair could be written at its own rank.
     """
     summary = summarize(rows)
     front = {
@@ -34,6 +37,7 @@ def model_card(plan: Plan, rows: Sequence[EnergyRow], *, base_name: str, dtype: 
         "",
         f"Extracted, not trained: the truncated singular value decomposition of W_tuned − W_base, weight by weight (PHLoRA, Vasani et al., 2025), by phlora-pipeline. Base: {_code(base_name) if base_name else 'not named'}; model type {_code(plan.model_type or 'unknown')}; written for `{plan.dialect}` in {dtype}, rank {plan.written_rank}.",
         "",
+        *_chosen(plan, rows, sizes),
         "| what | share of the update's energy ‖ΔW‖² |",
         "|---|---|",
         f"| kept by the rank-{plan.rank} factors of the adapted tensors (E_r) | {percent(summary.preserved_energy)} |",
@@ -61,6 +65,18 @@ def model_card(plan: Plan, rows: Sequence[EnergyRow], *, base_name: str, dtype: 
             "",
         ]
     return "\n".join(lines)
+
+
+def _chosen(plan: Plan, rows: Sequence[EnergyRow], sizes: tuple[int, int]) -> list[str]:
+    """How ranks came about, where a policy chose them."""
+    own = sorted(row.rank for row in rows if row.rank is not None)
+    if not plan.policy.chooses or not own:
+        return []
+    told = f"Ranks were chosen {plan.policy.words}: {own[0]} to {own[-1]}, median {own[len(own) // 2]}; `energy.parquet` has each tensor's."
+    padded, natural = sizes
+    if padded > natural:
+        told += f" All are zero-padded to {plan.written_rank}: {size(padded)}, of which {size(natural)} would do if each were written at its own rank (`--for peft` or `vllm`)."
+    return [told, ""]
 
 
 def _loading(plan: Plan, summary: Summary) -> list[str]:
@@ -98,14 +114,14 @@ def _new_rows(plan: Plan, rows: Sequence[EnergyRow]) -> list[str]:
     grown = {row.tensor: row for row in rows if row.tensor in plan.grown}
     if not grown:
         return []
-    size = max(row.shape[0] for row in grown.values())
+    tokens = max(row.shape[0] for row in grown.values())
     if any(row.status == "carried" for row in grown.values()):
         return [
-            f"The fine-tune has more tokens than the base: resize the base before loading, `base_model.resize_token_embeddings({size})`. Without that PEFT refuses the adapter; no server can load it.",
+            f"The fine-tune has more tokens than the base: resize the base before loading, `base_model.resize_token_embeddings({tokens})`. Without that PEFT refuses the adapter; no server can load it.",
             "",
         ]
     return [
-        f"The fine-tune has more tokens than the base, up to {size}; the adapter is for the base's own and does not know the new ones. `--for peft --carry all` keeps them.",
+        f"The fine-tune has more tokens than the base, up to {tokens}; the adapter is for the base's own and does not know the new ones. `--for peft --carry all` keeps them.",
         "",
     ]
 

@@ -18,6 +18,7 @@ LAYERS = [
     {
         "errors",
         "lowrank",
+        "ranks",
         "safetensors_format",
         "storage",
         "quantised",
@@ -44,6 +45,7 @@ LAYERS = [
         "metrics",
         "summary",
         "card",
+        "policy",
         "matrix",
     },
     {
@@ -58,7 +60,7 @@ LAYERS = [
         "convert",
         "calibrate",
     },
-    {"pipeline", "zoo", "submit", "doctor"},
+    {"prepare", "pipeline", "several", "zoo", "submit", "doctor"},
     {"cli", "console", "render", "__main__"},
 ]
 HOMES = {
@@ -80,7 +82,7 @@ HOMES = {
 
 
 NUMERICS = [
-    "delta", "operator", "panels", "krylov", "ritz", "full", "certificate", "checks", "energy", "routes", "solve", "decompose",
+    "delta", "noise", "operator", "panels", "krylov", "ritz", "full", "certificate", "checks", "energy", "routes", "solve", "decompose",
 ]  # fmt: skip
 
 
