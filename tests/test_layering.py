@@ -39,6 +39,7 @@ LAYERS = [
         "dispatch",
         "parts",
         "adapter",
+        "lora",
         "manifest",
         "summary",
         "card",
