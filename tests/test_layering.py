@@ -18,6 +18,7 @@ LAYERS = [
     {
         "errors",
         "lowrank",
+        "ranks",
         "safetensors_format",
         "storage",
         "quantised",
