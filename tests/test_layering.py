@@ -51,6 +51,7 @@ LAYERS = [
         "engine",
         "pool",
         "driver",
+        "merge",
         "reducer",
         "runlog",
         "verify",

@@ -1,6 +1,7 @@
 """Results in words and tables, or as one JSON object, on stdout."""
 
 from phlora_pipeline.render.extraction import plan_record, show_plan, show_profile, show_result, show_verification
+from phlora_pipeline.render.merging import show_merge
 from phlora_pipeline.render.text import json_object, line, printable, show_error
 from phlora_pipeline.render.zoo import (
     night_record,
@@ -22,6 +23,7 @@ __all__ = [
     "show_explanation",
     "show_forecast",
     "show_garbage",
+    "show_merge",
     "show_night",
     "show_plan",
     "show_profile",
