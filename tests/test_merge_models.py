@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests import models, runs
+from tests.loras import PEFT_WARNS, trained
 from tests.test_carry import OF_PEFT, net, saved
 from tests.test_merge_copy import Watcher, contents, merged, tensors_of
 
-pytestmark = [pytest.mark.slow, *OF_PEFT]
+pytestmark = [pytest.mark.slow, *OF_PEFT, *PEFT_WARNS]
 
 FULL = 80
 LOST = 2e-6
@@ -42,15 +43,15 @@ def spread(folder: Path, model: PreTrainedModel, **others: object) -> Path:
     return folder
 
 
-def assert_one_rounding(merged: Path, tuned: Path, base: Path, *, untouched: Iterable[str] = ()) -> None:
-    """The theorem above; and whatever did not change is the base's, bit for bit."""
+def assert_one_rounding(merged: Path, tuned: Path, base: Path) -> None:
+    """The theorem above; whatever did not change is the base's bit for bit, and what only counts is the fine-tune's."""
     found, wanted, before = (tensors_of(folder) for folder in (merged, tuned, base))
     assert found.keys() == wanted.keys()
     equal = total = 0
     for name, value in wanted.items():
         got = found[name]
         assert (got.dtype, got.shape) == (value.dtype, value.shape), name
-        if name in before and torch.equal(value, before[name]):
+        if not value.is_floating_point() or (name in before and torch.equal(value, before[name])):
             assert torch.equal(got, value), name
             continue
         t, error = value.double(), (got.double() - value.double()).abs()
@@ -110,27 +111,15 @@ def test_it_is_what_peft_merges(name: str, stacked: bool, tmp_path: Path) -> Non
     base = models.MODELS[name]()
     tuned = models.moved(base, where=weights)
     folders = [models.save(model, tmp_path / side, as_in_memory=stacked) for side, model in (("base", base), ("tuned", tuned))]  # fmt: skip
-    runs.extract(*folders, tmp_path / "adapter", rank=3, dialect="peft")
+    # GPT-2 is tied, and of a tie PEFT merges both ends into the one matrix: twice the update.
+    targets = "linear" if base.config.tie_word_embeddings else "all"
+    runs.extract(*folders, tmp_path / "adapter", rank=3, dialect="peft", targets=targets)
     merged(folders[0], tmp_path / "adapter", out=tmp_path / "merged")
     ours = type(base).from_pretrained(tmp_path / "merged").state_dict()
     theirs = models.adapted(base, tmp_path / "adapter").merge_and_unload().state_dict()
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         assert torch.allclose(ours[key], value, rtol=1e-5, atol=1e-5), key
-
-
-def trained(base: PreTrainedModel, folder: Path, seed: int = 0, **settings: object) -> Path:
-    """An adapter by PEFT itself, as a training leaves it: every factor another random one."""
-    model = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="CAUSAL_LM", **settings))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-            elif "modules_to_save" in name:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(folder)
-    return folder
 
 
 ATTENTION = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
@@ -143,7 +132,6 @@ TRAINED = [
 ]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:target_parameters")
 @pytest.mark.parametrize(("name", "settings"), TRAINED)
 @pytest.mark.parametrize("stacked", [False, True])
 def test_adapters_that_were_trained_are_merged_as_peft_does(
@@ -151,13 +139,13 @@ def test_adapters_that_were_trained_are_merged_as_peft_does(
 ) -> None:
     base = models.MODELS[name]()
     folder = models.save(base, tmp_path / "base", as_in_memory=stacked)
-    adapter = trained(base, tmp_path / "adapter", **settings)
-    merged(folder, adapter, out=tmp_path / "merged")
+    trained(base, tmp_path / "adapter", **settings)
+    merged(folder, tmp_path / "adapter", out=tmp_path / "merged")
     ours = type(base).from_pretrained(tmp_path / "merged").state_dict()
-    theirs = PeftModel.from_pretrained(copy.deepcopy(base), str(adapter)).merge_and_unload().state_dict()
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "adapter")).merge_and_unload().state_dict()
     assert ours.keys() == theirs.keys()
     changed = [key for key, value in base.state_dict().items() if not torch.equal(value, ours[key])]
-    assert len(changed) >= 4
+    assert len(changed) >= 3
     for key, value in theirs.items():
         assert torch.allclose(ours[key], value, rtol=1e-5, atol=1e-5), key
 
@@ -166,8 +154,9 @@ def test_several_with_weights_are_their_sum(tmp_path: Path) -> None:
     """And the order does not matter, beyond rounding; a weight of −1 takes an adapter off again."""
     base = models.MODELS["llama"]()
     folder = models.save(base, tmp_path / "base")
-    one = trained(base, tmp_path / "one", 1, **ATTENTION)
-    other = trained(base, tmp_path / "other", 2, **{**ATTENTION, "r": 3, "target_modules": ["v_proj", "lm_head"]})
+    one, other = tmp_path / "one", tmp_path / "other"
+    trained(base, one, seed=1, **ATTENTION)
+    trained(base, other, seed=2, **{**ATTENTION, "r": 3, "target_modules": ["v_proj", "lm_head"]})
     merged(folder, one, out=tmp_path / "1")
     merged(folder, other, out=tmp_path / "2")
     merged(folder, (one, 0.7), (other, -0.3), out=tmp_path / "both")
@@ -208,7 +197,9 @@ def test_a_vocabulary_of_another_size(name: str, rows: int, tmp_path: Path) -> N
         index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
         assert index["metadata"] == json.loads((folders[1] / "model.safetensors.index.json").read_text())["metadata"]
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
-        assert models.distance(models.outputs(loaded).float(), models.outputs(tuned).float()) < 1e-2
+        tokens = torch.arange(40, 67)[None]
+        one, other = (model(input_ids=tokens).logits.float().detach() for model in (loaded, tuned))
+        assert models.distance(one, other) < 1e-2
 
 
 def test_convolutions_norms_and_what_counts(tmp_path: Path) -> None:
