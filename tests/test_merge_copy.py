@@ -89,7 +89,17 @@ def test_without_adapters_every_byte_is_the_bases(base: Path, tmp_path: Path) ->
 
 
 def test_what_would_still_be_the_bases_is_left_behind_and_told(base: Path, tmp_path: Path) -> None:
-    stale = ["SHA256SUMS", "README.md", "pytorch_model.bin", "onnx/model.onnx", "original/params.pth", "weights.sha256"]
+    """And folders below with weights of their own: checkpoints of the training, exports for other runtimes."""
+    stale = [
+        "checkpoint-5/config.json",
+        "checkpoint-5/model.safetensors",
+        "SHA256SUMS",
+        "README.md",
+        "pytorch_model.bin",
+        "onnx/model.onnx",
+        "original/params.pth",
+        "weights.sha256",
+    ]
     for name in stale:
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text("of the base")
@@ -99,6 +109,7 @@ def test_what_would_still_be_the_bases_is_left_behind_and_told(base: Path, tmp_p
     assert contents(tmp_path / "out").keys() == contents(base).keys() - set(stale)
     assert len(watcher.warnings) == 1
     assert "pytorch_model.bin" in watcher.warnings[0]
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").exists()
 
 
 def test_a_file_alone_is_merged_to_a_folder_with_its_config(base: Path, tmp_path: Path) -> None:
@@ -282,6 +293,31 @@ def test_copies_are_cut_to_pieces(base: Path, tmp_path: Path, monkeypatch: pytes
     pieces = list(shards.copied(info, 0, info.size))
     assert max(map(len, pieces)) == 1000
     assert hashlib.sha256(b"".join(pieces)).digest() == hashlib.sha256(shard.read_bytes()).digest()
+
+
+def test_what_is_read_ahead_comes_in_order_with_its_errors() -> None:
+    def pieces() -> Iterator[bytes]:
+        yield from (b"a", b"b", b"c")
+        raise StorageError("gone")
+
+    found = shards.ahead(pieces())
+    assert [next(found) for _ in range(3)] == [b"a", b"b", b"c"]
+    with pytest.raises(StorageError, match="gone"):
+        next(found)
+    assert list(shards.ahead(iter(()))) == []
+
+
+def test_a_base_behind_fsspec(base: Path, tmp_path: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for name, data in contents(base).items():
+        memory.pipe(f"/bases/one/{name}", data)
+    try:
+        merge("memory://bases/one", [], str(tmp_path / "out"), observer=Watcher())
+    finally:
+        memory.rm("/bases", recursive=True)
+    assert contents(tmp_path / "out") == contents(base)
 
 
 def test_the_order_is_the_commit() -> None:

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests import models, runs
+from tests import models, runs, toys
 from tests.loras import PEFT_WARNS, trained
 from tests.test_carry import OF_PEFT, net, saved
 from tests.test_merge_copy import Watcher, contents, merged, tensors_of
@@ -128,6 +128,7 @@ TRAINED = [
     ("llama", {**ATTENTION, "use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}),
     ("llama", {**ATTENTION, "modules_to_save": ["lm_head", "norm"]}),
     ("llama", {**ATTENTION, "target_modules": ["embed_tokens", "down_proj"]}),
+    ("gpt2", {"r": 4, "lora_alpha": 6, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     ("mixtral", {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
 ]  # fmt: skip
 
@@ -214,3 +215,15 @@ def test_convolutions_norms_and_what_counts(tmp_path: Path) -> None:
     merged(folders[0], tmp_path / "adapter", out=tmp_path / "merged")
     assert_one_rounding(tmp_path / "merged", folders[1], folders[0])
     assert (contents(tmp_path / "merged").keys()) == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "peft"])
+def test_a_unet_in_either_dialect(dialect: str, tmp_path: Path) -> None:
+    shapes = {"down_blocks.0.attn.to_q": (24, 16), "down_blocks.0.resnets.0.conv1": (8, 4, 3, 3), "mid.proj": (6, 9)}
+    generator = torch.Generator().manual_seed(4)
+    base = {f"{module}.weight": torch.randn(shape, generator=generator).half() for module, shape in shapes.items()}
+    unet = {"_class_name": "UNet2DConditionModel"}
+    folders = toys.save(tmp_path / "b", base, unet), toys.save(tmp_path / "t", toys.fine_tuned(base), unet)
+    runs.extract(*folders, tmp_path / "adapter", rank=FULL, dialect=dialect)
+    merged(folders[0], tmp_path / "adapter", out=tmp_path / "merged")
+    assert_one_rounding(tmp_path / "merged", folders[1], folders[0])

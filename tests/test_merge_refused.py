@@ -74,7 +74,7 @@ def refusal(base: Path, *adapters: Path | tuple[Path, float], out: Path) -> Requ
     [
         (pair("model.layers.7.self_attn.q_proj", 32, 32), "the base has no model.layers.7.self_attn.q_proj"),
         (pair(f"{LAYER}.k_proj", 32, 32), f"{LAYER}.k_proj is 32 × 32, {LAYER}.k_proj.weight of the base is [16, 32]"),
-        ({**pair("model.layers.1.mlp.up_proj", 48, 32), **pair(f"{LAYER}.q_proj", 32, 32)}, "the base has no model.layers.1.mlp.up_proj"),
+        ({**pair("model.layers.1.mlp.up_proj", 48, 32), **pair(f"{LAYER}.q_proj", 32, 32)}, "1 of its 2 modules fit; the base has no model.layers.1.mlp.up_proj"),
     ],
     ids=["module", "shape", "one-of-two"],
 )  # fmt: skip
@@ -228,6 +228,15 @@ class TestSums:
         assert torch.allclose(found, wanted, atol=1e-6)
         assert torch.equal(found[5:], K[5:])
         assert weight != 1 or torch.equal(found, K)
+
+    def test_a_zero_pair_changes_nothing(self, tmp_path: Path) -> None:
+        """Not even the sign of a zero, which a sum would."""
+        W = torch.tensor([[-0.0, 0.0, 1.0]])
+        toys.save(tmp_path, {"w": W})
+        ref = open_checkpoint(str(tmp_path)).tensors["w"]
+        zero = Product(0, 1, lambda: (torch.zeros(1, 2), torch.ones(2, 3)), 1.0)
+        [found] = changes.merged(ref, Change((1, 3), 3, (zero,)), torch.float32)
+        assert torch.equal(found.signbit(), W.signbit())
 
     def test_memory_is_that_of_a_block(self, tmp_path: Path) -> None:
         """Factors of one product at a time are held, and rows of one block."""

@@ -118,8 +118,9 @@ def fit(lora: Adapter, base: Checkpoint) -> Fit:
         shown = "; ".join(problems[:_SHOWN]) + (
             f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         )
+        fitting = len({delta.module.name for delta in deltas.values()}) + (tied is not None)
         raise RequestError(
-            f"{lora.url} is not an adapter of {base.url}: {shown}",
+            f"{lora.url} is not an adapter of {base.url}: {fitting} of its {len(lora.modules)} modules fit; {shown}",
             remedy=f"give the base that it was trained on{f', {lora.base_name}' if lora.base_name else ''}",
         )
     biases = {

@@ -72,7 +72,7 @@ class MergeResult:
         outcome: `committed`, or `exists`: the same merge stood there already.
         out: where it is.
         version: the merge's identity.
-        changed: tensors that are others than the base's.
+        changed: tensors that an adapter adds to, or replaces.
         tensors: all of them.
         nbytes: of all files.
         written_bytes: of those that this call has put.
@@ -243,7 +243,7 @@ def _document(name: str, data: bytes) -> File:
 
 def _watched(file: File, observer: Observer) -> File:
     def body() -> Iterator[bytes]:
-        for chunk in file.body():
+        for chunk in shards.ahead(file.body()):
             yield chunk
             observer.wrote(len(chunk))
 

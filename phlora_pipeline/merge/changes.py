@@ -91,16 +91,23 @@ def merged(ref: TensorRef, change: Change, dtype: torch.dtype, block: int = BLOC
         rows = _before(ref, change, first, last)
         for number, product in enumerate(change.products):
             start, stop = max(first, product.first), min(last, product.first + product.rows)
-            if start >= stop:
-                continue
-            if number not in factors:
-                factors[number] = product.read()
-            left, right = factors[number]
-            left = left[start - product.first : stop - product.first]
-            rows[start - first : stop - first].addmm_(left.to(rows.dtype), right.to(rows.dtype), alpha=product.scale)
+            if start < stop:
+                left, right = factors[number] = factors.get(number) or product.read()
+                _add(
+                    rows[start - first : stop - first],
+                    left[start - product.first : stop - product.first],
+                    right,
+                    product,
+                )
             if stop == product.first + product.rows:
-                del factors[number]
+                factors.pop(number, None)
         yield _rounded(ref, rows, first, dtype)
+
+
+def _add(rows: Tensor, left: Tensor, right: Tensor, product: Product) -> None:
+    # A zero pair completes a family and changes nothing, not even the sign of a zero.
+    if left.any() and right.any():
+        rows.addmm_(left.to(rows.dtype), right.to(rows.dtype), alpha=product.scale)
 
 
 def _before(ref: TensorRef, change: Change, first: int, last: int) -> Tensor:

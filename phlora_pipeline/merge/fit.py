@@ -18,6 +18,9 @@ from phlora_pipeline.lora import Adapter, Delta, Fit, LoraModule
 from phlora_pipeline.merge.changes import BLOCK, FLOATS, Change, Product, Read, Whole
 from phlora_pipeline.merge.ties import require_both_ends, tie_of
 
+_STACKS = 2
+"""A layer's: gate and up, and down."""
+
 
 @dataclass(frozen=True, slots=True)
 class Weighted:
@@ -41,20 +44,26 @@ class Fitted:
 
 
 class _Factors:
-    """An adapter's factors; those of all experts are read once for all that are asked for one after another."""
+    """An adapter's factors. Those of all experts are kept for a while: their experts' matrices lie in turns in a shard."""
 
     def __init__(self) -> None:
-        self._of: LoraModule | None = None
-        self._held: tuple[Tensor, Tensor] | None = None
+        self._held: dict[str, tuple[Tensor, Tensor]] = {}
 
     def read(self, delta: Delta) -> tuple[Tensor, Tensor]:
         """(rows, r) and (r, columns), in the orientation of the base."""
-        if self._held is None or self._of is not delta.module:
-            self._of, self._held = delta.module, delta.module.factors()
-        A, B = self._held[0][delta.expert], self._held[1][delta.expert]
+        A, B = (side[delta.expert] for side in self._of(delta.module))
         if delta.transposed:
             return A.mT, B.mT
         return B[delta.first : delta.first + delta.tensor.matrix.shape[0]], A
+
+    def _of(self, module: LoraModule) -> tuple[Tensor, Tensor]:
+        if module.experts == 1:
+            return module.factors()
+        if module.name not in self._held:
+            if len(self._held) == _STACKS:
+                del self._held[next(iter(self._held))]
+            self._held[module.name] = module.factors()
+        return self._held[module.name]
 
 
 def fit(base: Checkpoint, adapters: Sequence[Weighted]) -> Fitted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from phlora_pipeline import parts, safetensors_format, storage
@@ -86,6 +87,15 @@ def chunks(plan: ShardPlan) -> Iterator[bytes]:
             yield from copied(plan.shard.info, run[0].ref.start, run[-1].ref.stop)
         else:
             yield from _summed(run[0])
+
+
+def ahead(body: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes; while one piece is written the next is read and summed."""
+    with ThreadPoolExecutor(1, thread_name_prefix="phlora-merge") as reader:
+        following = reader.submit(next, body, None)
+        while (chunk := following.result()) is not None:
+            following = reader.submit(next, body, None)
+            yield chunk
 
 
 def copied(info: ObjectInfo, start: int, stop: int) -> Iterator[bytes]:

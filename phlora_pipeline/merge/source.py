@@ -73,11 +73,15 @@ def open_source(url: str) -> Source:
     ):  # a file, not a folder: its config alone lies beside it
         config = storage.stat(storage.join(checkpoint.url.rpartition("/")[0], CONFIG))
         return Source(checkpoint, shards, None, config, {}, ())
-    files = {info.url.removeprefix(checkpoint.url + "/"): info for info in storage.list_tree(checkpoint.url)}
+    folder = shards[0].info.url.rpartition("/")[0]
+    files = {info.url.removeprefix(f"{folder}/"): info for info in storage.list_tree(checkpoint.url)}
     index, config = files.pop(INDEX, None), files.pop(CONFIG, None)
     for shard in shards:
         del files[shard.name]
     out = {name for name in files if _WEIGHTS.search(name) or _OF_THE_BASE.search(name)}
+    # What lies below with weights of its own is another checkpoint, or the same one for another runtime.
+    others = {f"{name.rpartition('/')[0]}/" for name in out if "/" in name and _WEIGHTS.search(name)}
+    out |= {name for name in files if name.startswith(tuple(others))}
     beside = {name: info for name, info in sorted(files.items()) if name not in out}
     return Source(checkpoint, shards, index, config, beside, tuple(sorted(out)))
 
