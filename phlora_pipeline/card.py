@@ -61,7 +61,7 @@ def model_card(
     ]
     if plan.tied:
         lines += [
-            f"The base ties `{plan.tied[1]}` to `{plan.tied[0]}`; both carry the delta here, which is right while the adapter is *not* merged: a merger that keeps the tie would add it twice.",
+            f"The base ties `{plan.tied[1]}` to `{plan.tied[0]}`; both carry the delta here, which is right while the adapter is *not* merged: a merger that keeps the tie would add it twice. `phlora merge` adds it once.",
             "",
         ]
     return "\n".join(lines)

@@ -78,15 +78,15 @@ def _matrices(gate_up: TensorRef, down: TensorRef, block: str, model_type: str) 
     names = targets.expert_names(model_type)
     for expert in range(experts):
         if turned:
-            yield _rows(gate_up, f"{at}.{expert}.gate_up_proj.weight", expert * a, a)
-            yield _rows(down, f"{at}.{expert}.down_proj.weight", expert * c, c)
+            yield rows_of(gate_up, f"{at}.{expert}.gate_up_proj.weight", expert * a, a)
+            yield rows_of(down, f"{at}.{expert}.down_proj.weight", expert * c, c)
         else:
-            yield _rows(gate_up, f"{at}.{expert}.{names['gate']}.weight", expert * a, a // 2)
-            yield _rows(gate_up, f"{at}.{expert}.{names['up']}.weight", expert * a + a // 2, a // 2)
-            yield _rows(down, f"{at}.{expert}.{names['down']}.weight", expert * c, c)
+            yield rows_of(gate_up, f"{at}.{expert}.{names['gate']}.weight", expert * a, a // 2)
+            yield rows_of(gate_up, f"{at}.{expert}.{names['up']}.weight", expert * a + a // 2, a // 2)
+            yield rows_of(down, f"{at}.{expert}.{names['down']}.weight", expert * c, c)
 
 
-def _rows(stack: TensorRef, name: str, first: int, count: int) -> TensorRef:
+def rows_of(stack: TensorRef, name: str, first: int, count: int) -> TensorRef:
     """Some rows, counted through all of a stack's matrices, as a matrix of its own."""
     width = stack.shape[2]
     return replace(stack.entries(first * width, (first + count) * width), name=name, shape=(count, width))

@@ -25,7 +25,7 @@ def by_the_names_of(base: Checkpoint, tuned: Checkpoint) -> Checkpoint:
         `tuned` itself where the names agree already, or where nothing explains them; otherwise
         with what was matched in its `matched`.
     """
-    renamed = _matched(base.tensors.keys(), tuned.tensors.keys())
+    renamed = matched(base.tensors, tuned.tensors)
     if not renamed:
         return tuned
     tensors = {renamed.get(name, name): ref for name, ref in tuned.tensors.items()}
@@ -36,7 +36,7 @@ def by_the_names_of(base: Checkpoint, tuned: Checkpoint) -> Checkpoint:
     )
 
 
-def _matched(base: Iterable[str], tuned: Iterable[str]) -> dict[str, str]:
+def matched(base: Iterable[str], tuned: Iterable[str]) -> dict[str, str]:
     """The fine-tune's name → the base's, for those that differ; empty where they agree as they are, or nothing is certain."""
     base, tuned = frozenset(base), frozenset(tuned)
     best = {name: name for name in base & tuned}

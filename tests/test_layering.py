@@ -41,6 +41,7 @@ LAYERS = [
         "dispatch",
         "parts",
         "adapter",
+        "lora",
         "manifest",
         "metrics",
         "summary",
@@ -53,6 +54,7 @@ LAYERS = [
         "engine",
         "pool",
         "driver",
+        "merge",
         "reducer",
         "runlog",
         "verify",
@@ -202,11 +204,12 @@ def after_command(*arguments: object) -> tuple[int, set[str], int]:
         (["extract", "--base", "x", "--tuned", "y", "--out", "z", "--rank", "0"], 2),
         (["convert", "nothing-there.bin", "z"], 2),
         (["run", "--help"], 0),
+        (["merge", "--help"], 0),
         (["run", "nothing-there.yaml"], 2),
         (["submit", "nothing-there.yaml"], 2),
         (["plan", "nothing-there.yaml"], 2),
     ],
-    ids=["version", "help", "usage", "setting", "convert", "zoo-help", "run", "submit", "plan"],
+    ids=["version", "help", "usage", "setting", "convert", "zoo-help", "merge-help", "run", "submit", "plan"],
 )
 def test_a_command_that_computes_nothing_does_not_wait_for_torch(arguments: list[str], code: int) -> None:
     ended, loaded, _ = after_command(*arguments)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
-from phlora_pipeline.console import extraction, night
+from phlora_pipeline.console import extraction, night, writing
 
 if TYPE_CHECKING:  # torch comes with them
     from phlora_pipeline.extract import TaskReport
@@ -53,6 +53,18 @@ class NightReporter(Protocol):
     def warn(self, text: str) -> None: ...
 
 
+class Writer(Protocol):
+    """The same for what is written at length: a `merge.Observer`."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+    def planned(self, shards: int, nbytes: int) -> None: ...
+    def wrote(self, nbytes: int) -> None: ...
+    def warn(self, text: str) -> None: ...
+
+
 def reporter(*, quiet: bool) -> Reporter:
     """The right reporter for where stderr goes."""
     if quiet:
@@ -65,3 +77,10 @@ def night_reporter(*, quiet: bool) -> NightReporter:
     if quiet:
         return night.Quiet()
     return night.Bar() if sys.stderr.isatty() else night.Lines(every=INTERVAL)
+
+
+def writer(*, quiet: bool) -> Writer:
+    """The right reporter of what is written for where stderr goes."""
+    if quiet:
+        return writing.Lines(every=float("inf"))
+    return writing.Bar() if sys.stderr.isatty() else writing.Lines(every=INTERVAL)

@@ -2,6 +2,7 @@
 
 from phlora_pipeline.render.doctor import finding_record, show_finding
 from phlora_pipeline.render.extraction import plan_record, show_plan, show_profile, show_result, show_verification
+from phlora_pipeline.render.merging import show_merge
 from phlora_pipeline.render.text import json_object, line, printable, show_error
 from phlora_pipeline.render.zoo import (
     night_record,
@@ -25,6 +26,7 @@ __all__ = [
     "show_finding",
     "show_forecast",
     "show_garbage",
+    "show_merge",
     "show_night",
     "show_plan",
     "show_profile",
