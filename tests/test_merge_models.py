@@ -173,6 +173,21 @@ def test_several_with_weights_are_their_sum(tmp_path: Path) -> None:
         assert torch.allclose(back[name], value, rtol=1e-5, atol=1e-6)
 
 
+def test_what_was_merged_can_be_extracted_again(tmp_path: Path) -> None:
+    """An adapter of rank 4, merged into a float32 base, is all there is between the two: rank 4 holds it, and it is the same."""
+    base = models.MODELS["qwen2"]()
+    folder = models.save(base, tmp_path / "base")
+    tuned = models.save(models.moved(base, where=weights), tmp_path / "tuned")
+    runs.extract(folder, tuned, tmp_path / "first", rank=4)
+    merged(folder, tmp_path / "first", out=tmp_path / "merged")
+    result = runs.extract(folder, tmp_path / "merged", tmp_path / "second", rank=4)
+    assert result.summary.preserved_energy == pytest.approx(1, abs=1e-6)
+    for module in (row.module for row in runs.rows(tmp_path / "second").values() if row.status == "adapted"):
+        if not module.endswith("embed_tokens"):
+            one, other = (runs.written_delta(tmp_path / name, module) for name in ("first", "second"))
+            assert models.distance(other, one) < 1e-4, module
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
 @pytest.mark.parametrize("rows", [67, 61])
 def test_a_vocabulary_of_another_size(name: str, rows: int, tmp_path: Path) -> None:
