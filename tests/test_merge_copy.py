@@ -329,7 +329,7 @@ def test_a_base_behind_fsspec(base: Path, tmp_path: Path) -> None:
     for name, data in contents(base).items():
         memory.pipe(f"/bases/one/{name}", data)
     try:
-        merge("memory://bases/one", [], str(tmp_path / "out"), observer=Watcher())
+        merge("memory://bases/one", [], str(tmp_path / "out"))
     finally:
         memory.rm("/bases", recursive=True)
     assert contents(tmp_path / "out") == contents(base)
