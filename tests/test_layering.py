@@ -78,7 +78,7 @@ HOMES = {
 
 
 NUMERICS = [
-    "delta", "operator", "panels", "krylov", "ritz", "full", "certificate", "checks", "energy", "routes", "solve", "decompose",
+    "delta", "operator", "panels", "krylov", "ritz", "compress", "full", "certificate", "checks", "energy", "routes", "solve", "decompose",
 ]  # fmt: skip
 
 
