@@ -103,6 +103,13 @@ class Policy:
         return "auto" if self.noise else "budget" if self.budget else "fixed"
 
     @property
+    def identity(self) -> dict[str, object]:
+        """What distinguishes its adapters from others of the same parts and the same largest rank."""
+        if self.budget is not None:
+            return {"policy": "budget", "amount": self.budget.amount, "counts": self.budget.counts}
+        return {"policy": "auto"} if self.noise else {}  # a threshold has factorisations of its own
+
+    @property
     def chooses(self) -> bool:
         """Whether ranks are known only when all tensors are factorised."""
         return self.name != "fixed"

@@ -44,6 +44,7 @@ LAYERS = [
         "manifest",
         "summary",
         "card",
+        "policy",
         "matrix",
     },
     {
@@ -58,7 +59,7 @@ LAYERS = [
         "convert",
         "calibrate",
     },
-    {"pipeline", "zoo", "submit"},
+    {"prepare", "pipeline", "several", "zoo", "submit"},
     {"cli", "console", "render", "__main__"},
 ]
 HOMES = {
@@ -78,7 +79,7 @@ HOMES = {
 
 
 NUMERICS = [
-    "delta", "operator", "panels", "krylov", "ritz", "compress", "full", "certificate", "checks", "energy", "routes", "solve", "decompose",
+    "delta", "noise", "operator", "panels", "krylov", "ritz", "compress", "full", "certificate", "checks", "energy", "routes", "solve", "decompose",
 ]  # fmt: skip
 
 
