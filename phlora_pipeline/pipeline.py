@@ -59,7 +59,7 @@ class ExtractResult:
         rank, written_rank: as asked for, or chosen as the largest, and as written.
         policy: how ranks were chosen.
         ranks: tensor → its own rank, before zero-padding.
-        adapter_bytes: of `adapter_model.safetensors`' tensors.
+        adapter_bytes: of `adapter_model.safetensors`.
         natural_bytes: of that file, if each pair could be written at its own rank.
         checkpoint_bytes: of the fine-tune's tensors.
         read_bytes: tensor bytes that this run read.
@@ -90,8 +90,8 @@ class Concluded:
         outcome: as of `ExtractResult`.
         plan: with the rank that the adapter has.
         rows: of the manifest.
-        adapter_bytes: size of the weights.
-        natural_bytes: size of their file, if each pair could be written at its own rank.
+        adapter_bytes: size of the weights' file.
+        natural_bytes: the same, if each pair could be written at its own rank.
         warnings: in words.
     """
 
@@ -186,12 +186,18 @@ def conclude(config: RunConfig, prepared: Prepared, lost: Mapping[str, str], run
         return found
     if not config.keep_parts:
         reducer.drop_parts(plan)
-    return Concluded(outcome, reduction.plan, reduction.rows, reduction.weight_bytes, reduction.natural_bytes, warnings)
+    return Concluded(outcome, reduction.plan, reduction.rows, reduction.file_bytes, reduction.natural_bytes, warnings)
 
 
 def standing(config: RunConfig, prepared: Prepared) -> Concluded | None:
     """The end of an earlier run, where this very adapter stands already."""
-    files = reducer.standing(config.out, prepared.plan, overwrite=config.overwrite)
+    parts = prepared.plan.parts_folder
+    files = reducer.standing(
+        config.out,
+        prepared.plan.version,
+        interrupted=lambda: bool(storage.list_folder(parts)),
+        overwrite=config.overwrite,
+    )
     if files is None:
         return None
     if not config.keep_parts:
@@ -234,7 +240,13 @@ def _publish(config: RunConfig, prepared: Prepared, reduction: Reduction) -> Out
             prepared.base_name,
             (prepared.tuned if prepared.tuned.config else prepared.base).architectures,
         ),
-        card=model_card(plan, reduction.rows, base_name=prepared.base_name, dtype=reduction.dtype),
+        card=model_card(
+            plan,
+            reduction.rows,
+            base_name=prepared.base_name,
+            dtype=reduction.dtype,
+            sizes=(reduction.file_bytes, reduction.natural_bytes),
+        ),
         run=_run_record(config, prepared, reduction),
         **names,
     )

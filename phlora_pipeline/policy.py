@@ -63,8 +63,7 @@ def choose(plan: Plan, results: Mapping[str, TensorResult], draft: Draft, dtype:
     warnings = tuple(_warnings(plan, results, found))
     if plan.policy.chooses:
         plan = plan.of_rank(max(own.values(), default=1))
-    natural = replace(plan, per_tensor_ranks=True, rank_grid=(), written_rank=plan.rank)
-    return Chosen(plan, own, without, adapter.file_bytes(draft(natural, own), dtype), warnings)
+    return Chosen(plan, own, without, adapter.file_bytes(draft(_unpadded(plan), own), dtype), warnings)
 
 
 def require_budget(plan: Plan, draft: Draft, dtype: str) -> None:
@@ -91,27 +90,39 @@ class Outlook:
 
     Attributes:
         rank: the same for all: as asked for, the largest that fits a budget, or else the most that may be.
-        file_bytes: of the adapter at that rank.
+        file_bytes: of the adapter at that rank, as written: padded where servers want that.
+        natural_bytes: the same, if each pair could be written at its own rank.
         least_bytes: at rank 1.
     """
 
     rank: int
     file_bytes: int
+    natural_bytes: int
     least_bytes: int
 
 
 def outlook(plan: Plan, draft: Draft, dtype: str) -> Outlook:
     """The file at one rank for all."""
 
-    def layout(rank: int) -> Layout:
-        own = {pair.name: min(rank, *pair.shape) for pair in plan.adapted}
-        return draft(plan.of_rank(rank), own)
+    def layout(rank: int, made: Plan = plan) -> Layout:
+        return draft(made, {pair.name: min(rank, *pair.shape) for pair in plan.adapted})
 
     rank, budget = plan.rank, plan.policy.budget
     if budget is not None:
-        fitting = (step for step in reversed(steps(plan)) if _amount(budget, layout(step), dtype) <= budget.amount)
-        rank = next(fitting, 1)
-    return Outlook(rank, adapter.file_bytes(layout(rank), dtype), adapter.file_bytes(layout(1), dtype))
+        fits = (
+            step
+            for step in reversed(steps(plan))
+            if _amount(budget, layout(step, plan.of_rank(step)), dtype) <= budget.amount
+        )
+        rank = next(fits, 1)
+    made, least = plan.of_rank(rank), plan.of_rank(1)
+    files = layout(rank, made), layout(rank, _unpadded(made)), layout(1, least)
+    return Outlook(rank, *(adapter.file_bytes(each, dtype) for each in files))
+
+
+def _unpadded(plan: Plan) -> Plan:
+    """The same with each pair at its own rank, whether servers take that or not."""
+    return replace(plan, per_tensor_ranks=True, rank_grid=(), written_rank=plan.rank)
 
 
 def steps(plan: Plan) -> list[int]:

@@ -34,13 +34,14 @@ def folder(out: str, rank: int) -> str:
 
 
 def plan(config: RunConfig, ranks: Sequence[int]) -> list[tuple[RunConfig, Prepared]]:
-    """A plan for each rank; all have the same tasks and parts.
+    """A plan for each rank, or for the config's own; all have the same tasks and parts.
 
     Raises:
         RequestError: the pair, or one of the ranks, is wrong.
     """
     base, parts_url = open_checkpoint(config.base), storage.join(config.out, PARTS)
-    return [(one, prepare(one, base, parts_url)) for one in configs(config, ranks)]
+    wanted = configs(config, ranks) if ranks else [config]
+    return [(one, prepare(one, base, parts_url)) for one in wanted]
 
 
 def extract(config: RunConfig, ranks: Sequence[int], observer: Observer) -> list[ExtractResult]:

@@ -58,6 +58,7 @@ LAYERS = [
         "logits",
         "convert",
         "calibrate",
+        "compress",
     },
     {"prepare", "pipeline", "several", "zoo", "submit"},
     {"cli", "console", "render", "__main__"},

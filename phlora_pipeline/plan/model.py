@@ -6,7 +6,7 @@ pairs are refused here, before a tensor is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from phlora_pipeline import lowrank, targets
@@ -228,7 +228,10 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
         rank_grid=grid,
         per_tensor_ranks=per_tensor,
         policy=settings.policy,
-        warnings=tuple(_warnings(base, tuned, settings, written, pairs)),
+        warnings=(
+            *_one_rank_for_all(settings.policy, rules, per_tensor=per_tensor),
+            *_warnings(base, tuned, settings, written, pairs),
+        ),
     )
 
 
@@ -285,6 +288,19 @@ def _require_served(rank: int, rules: ServerRules) -> None:
 def _shares_a_rank(chosen: Sequence[TensorPair], policy: Policy) -> bool:
     """Experts and routers keep the adapter's rank: a budget would pay the largest rank for all of them."""
     return policy.budget is not None and any(pair.kind in {"expert", "router"} for pair in chosen)
+
+
+def _one_rank_for_all(policy: Policy, rules: ServerRules, *, per_tensor: bool) -> Iterator[str]:
+    """Where ranks are chosen, and cannot be written as chosen."""
+    if not policy.chooses or per_tensor:
+        return
+    who = f"--for {rules.dialect} has one rank for all tensors"
+    if rules.per_tensor_ranks:
+        yield "experts share one rank: within this budget all tensors have the largest rank that fits"
+    elif policy.budget is not None:
+        yield f"{who}: it will be the largest that fits the budget; --for peft and --for vllm spend it where it keeps most"
+    else:
+        yield f"{who}: each is zero-padded to the largest; --for peft and --for vllm write each at its own"
 
 
 def _require_names_apart(chosen: Sequence[TensorPair]) -> None:
