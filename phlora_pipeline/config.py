@@ -3,22 +3,50 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from phlora_pipeline import storage
-from phlora_pipeline.errors import RequestError
+from phlora_pipeline.errors import RequestError, quoted
+from phlora_pipeline.ranks import Budget, Policy
 from phlora_pipeline.storage import normalize
 
 if TYPE_CHECKING:
     from phlora_pipeline.lowrank import Profile
 
 MAX_RANK = 512
-ENERGY_MAX_RANK = 128
-"""The most that a threshold of energy may take, unless the user says otherwise."""
+POLICY_MAX_RANK = 128
+"""The most that a policy may take, unless the user says otherwise."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _rank(value: Any) -> Any:
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if number == "auto" or (type(number) is int and 1 <= number <= MAX_RANK):
+        return number
+    also = "" if type(number) is int else ", or auto"
+    raise ValueError(f"rank must be between 1 and {MAX_RANK}{also}, got {quoted(value)}")
+
+
+def _budget(text: str) -> str:
+    Budget.parse(text)
+    return text
+
+
+Rank = Annotated[Annotated[int, Field(ge=1, le=MAX_RANK)] | Literal["auto"], BeforeValidator(_rank)]
+BudgetText = Annotated[str, AfterValidator(_budget)]
 
 
 class RunConfig(BaseModel):
@@ -31,16 +59,23 @@ class RunConfig(BaseModel):
     out: str = Field(
         default="", description="where the adapter goes: an empty or absent folder; only a plan needs none"
     )
-    rank: int = Field(default=32, description="r of the adapter; with `energy`, the least that max_rank may be")
+    rank: Rank = Field(
+        default=32,
+        description="r of the adapter; auto: each tensor's singular values above its rounding noise; with `energy` or `budget`, the least that max_rank may be",
+    )
     energy: float | None = Field(
         default=None,
         gt=0,
         le=1,
         description="instead of a rank: each tensor gets the smallest with E_r of this or more",
     )
+    budget: BudgetText | None = Field(
+        default=None,
+        description="instead of a rank: what the weights' file may take (200MB, 64MiB) or its parameters (12M-params), spent where it keeps most energy",
+    )
     max_rank: int = Field(
         default=0,
-        description="singular values and vectors kept while computing; 0: the same as rank, with `energy` 128",
+        description="singular values and vectors kept while computing; 0: the same as rank, 128 where ranks are chosen",
     )
     targets: Literal["all", "linear", "paper"] = "all"
     include: tuple[str, ...] = ()
@@ -80,13 +115,6 @@ class RunConfig(BaseModel):
     def _absolute_or_none(cls, url: str) -> str:
         return normalize(url) if url else ""
 
-    @field_validator("rank")
-    @classmethod
-    def _rank_in_range(cls, rank: int) -> int:
-        if not 1 <= rank <= MAX_RANK:
-            raise ValueError(f"rank must be between 1 and {MAX_RANK}, got {rank}")
-        return rank
-
     @field_validator("base_name")
     @classmethod
     def _not_a_path(cls, name: str) -> str:
@@ -96,16 +124,24 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        ways = [
+            ("energy", self.energy is not None),
+            ("budget", self.budget is not None),
+            ("rank auto", self.rank == "auto"),
+        ]
+        if len(named := [name for name, is_set in ways if is_set]) > 1:
+            raise ValueError(f"{' and '.join(named)} are different ways to choose ranks: take one of them")
         if self.max_rank == 0:
-            object.__setattr__(self, "max_rank", self.rank if self.energy is None else ENERGY_MAX_RANK)
+            object.__setattr__(self, "max_rank", POLICY_MAX_RANK if named else self.rank)
         if self.carry == "all" and self.dialect != "peft":
             raise ValueError(
                 f"carry all needs dialect peft (--for peft): what servers take as {self.dialect} has no place for norms and biases; vLLM and llama.cpp refuse modules_to_save"
             )
-        if self.energy is not None:
+        if self.policy.chooses and self.rank != "auto":
             object.__setattr__(self, "rank", self.max_rank)
-        if not self.rank <= self.max_rank <= MAX_RANK:
-            raise ValueError(f"max_rank must be between rank ({self.rank}) and {MAX_RANK}, got {self.max_rank}")
+        least = 1 if self.rank == "auto" else self.rank
+        if not least <= self.max_rank <= MAX_RANK:
+            raise ValueError(f"max_rank must be between rank ({least}) and {MAX_RANK}, got {self.max_rank}")
         out = _real(self.out)
         for name in ("base", "tuned"):
             source = _real(getattr(self, name))
@@ -114,6 +150,16 @@ class RunConfig(BaseModel):
             if out in {source, folder} or out.startswith(source + "/"):
                 raise ValueError(f"the output {self.out} lies inside the {name} checkpoint {source}")
         return self
+
+    @property
+    def policy(self) -> Policy:
+        """How ranks are chosen."""
+        return Policy(self.energy, self.rank == "auto", Budget.parse(self.budget) if self.budget else None)
+
+    @property
+    def most_rank(self) -> int:
+        """The rank, or the most that a policy may choose."""
+        return self.max_rank if self.rank == "auto" else self.rank
 
 
 def _real(url: str) -> str:

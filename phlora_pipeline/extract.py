@@ -24,6 +24,7 @@ from phlora_pipeline.machine import has_bfloat16_units
 from phlora_pipeline.parts import TensorResult
 from phlora_pipeline.plan import BLOCK_BYTES, Member, Task, TensorPair
 from phlora_pipeline.reading import Reader
+from phlora_pipeline.tensors import TORCH_DTYPES
 
 STREAMED_BYTES = 64 << 20
 """A block that is only measured, and is larger than this, is read and measured piece by piece."""
@@ -174,6 +175,7 @@ class Worker:
         results: dict[str, list[TensorResult]] = {member.part_url: [] for member in pending}
         for row, pair in enumerate(pending[0].block.pairs):
             found: dict[str, list[lowrank.Outcome]] = {member.part_url: [] for member in left}
+            noises: dict[str, list[lowrank.Noise]] = {member.part_url: [] for member in left}
             starts = range(0, pair.numel, PIECE)
             for start in starts:
                 base = [pair.base.entries(start, start + PIECE)]
@@ -186,13 +188,16 @@ class Worker:
                         done[member.part_url] = _gone(member, after)
                         continue
                     nbytes += pieces[number][0].nbytes
+                    dtype = TORCH_DTYPES[member.block.pairs[row].tuned.dtype]
+                    noises[member.part_url] += lowrank.rounding_noise([(before[0], after[0])], [dtype], self.device)
                     found[member.part_url] += lowrank.measure([(before[0], after[0])], self.device)
                 left = [member for member in left if member.part_url not in done]
                 if not left:
                     return nbytes
             for member in left:
                 outcome = _joined(found[member.part_url], pair.shape)
-                results[member.part_url].append(_result(member.block.pairs[row], outcome))
+                noise = _noise(noises[member.part_url], pair.numel)
+                results[member.part_url].append(_result(member.block.pairs[row], outcome, noise))
         for member in left:
             parts.store(member.part_url, results[member.part_url], {})
             done[member.part_url] = _report(member, results[member.part_url])
@@ -240,6 +245,7 @@ def compute(
         One result per pair, in the block's order, and the CPU factors of those that were factorised.
     """
     pairs, sides = member.block.pairs, list(zip(base, tuned, strict=True))
+    noises = lowrank.rounding_noise(sides, [TORCH_DTYPES[pair.tuned.dtype] for pair in pairs], device)
     if member.block.purpose == "measure":
         outcomes = lowrank.measure(sides, device)
     else:
@@ -251,7 +257,7 @@ def compute(
         for pair, found in zip(pairs, outcomes, strict=True)
         if found.factors
     }
-    return [_result(*found) for found in zip(pairs, outcomes, strict=True)], factors
+    return [_result(*found) for found in zip(pairs, outcomes, noises, strict=True)], factors
 
 
 def _joined(found: Sequence[lowrank.Outcome], shape: tuple[int, ...]) -> lowrank.Outcome:
@@ -267,6 +273,12 @@ def _joined(found: Sequence[lowrank.Outcome], shape: tuple[int, ...]) -> lowrank
         sum(piece.delta_sq for piece in found),
         (count, lowrank.unravelled(first, shape)) if count else None,
     )
+
+
+def _noise(found: Sequence[lowrank.Noise], numel: int) -> lowrank.Noise:
+    """The same of its rounding noise."""
+    changed = sum(piece.changed * min(PIECE, numel - number * PIECE) for number, piece in enumerate(found))
+    return lowrank.Noise(sum(piece.total_sq for piece in found), 0.0, changed / max(numel, 1))
 
 
 def profile_of(device: torch.device) -> lowrank.Profile:
@@ -311,7 +323,7 @@ def _tuned(member: Member) -> list[TensorRef]:
     return [pair.tuned for pair in member.block.pairs]
 
 
-def _result(pair: TensorPair, found: lowrank.Outcome) -> TensorResult:
+def _result(pair: TensorPair, found: lowrank.Outcome, noise: lowrank.Noise) -> TensorResult:
     if not math.isfinite(found.delta_sq):
         return TensorResult(pair.name, "failed", reason=_nonfinite(found, pair))
     if found.failure:
@@ -319,6 +331,7 @@ def _result(pair: TensorPair, found: lowrank.Outcome) -> TensorResult:
     norms = TensorResult(
         pair.name, "measured" if found.delta_sq else "unchanged",
         base_sq=found.base_sq, tuned_sq=found.tuned_sq, delta_sq=found.delta_sq,
+        noise_sq=noise.total_sq, noise_edge=noise.edge, changed=noise.changed,
     )  # fmt: skip
     if found.factors is None:
         return norms

@@ -87,7 +87,10 @@ COLUMNS: dict[str, tuple[str, str]] = {
         "double",
         "1 - |W_tuned - W_base - BA|^2 / |W_tuned - W_base|^2 with B and A as stored, after rounding; may be negative",
     ),
-    "noise_energy": ("double", "energy of the checkpoint's own rounding noise; null: not measured by this version"),
+    "noise_energy": (
+        "double",
+        "share of the squared norm of the update that is the fine-tune's own rounding to its stored dtype, as expected",
+    ),
     "singular_values": ("list<float>", "of the update, descending, up to max_rank of them"),
     "energy_at": ("map<int32, double>", "E_r at ranks 8 to 512; null above max_rank"),
     "solver": ("string", "the route by which the factors were computed; a number is the width of its basis"),

@@ -35,6 +35,9 @@ class TensorResult:
             `failed`: see reason.
         reason: in words, where it failed.
         base_sq, tuned_sq, delta_sq: squared Frobenius norms of W_base, W_tuned and ΔW; 0 where it failed.
+        noise_sq: squared Frobenius norm, as expected, of what rounding the fine-tune to its stored dtype has left in ΔW.
+        noise_edge: singular values below it are noise; 0 where no factors were wanted.
+        changed: share of entries that differ, in the rows where any does.
         residual_sq: ‖ΔW − B·A‖_F² with all the factors that are in the part.
         singular_values: up to max_rank of them, descending.
         solver: the route that was taken.
@@ -48,6 +51,9 @@ class TensorResult:
     base_sq: float = 0.0
     tuned_sq: float = 0.0
     delta_sq: float = 0.0
+    noise_sq: float = 0.0
+    noise_edge: float = 0.0
+    changed: float = 0.0
     residual_sq: float = 0.0
     singular_values: tuple[float, ...] = ()
     solver: str = ""

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from phlora_pipeline import adapter, driver, experts, lowrank, manifest, names, reducer, storage
+from phlora_pipeline import adapter, driver, manifest, reducer, storage
 from phlora_pipeline.card import model_card
-from phlora_pipeline.checkpoint import Checkpoint, open_checkpoint
-from phlora_pipeline.config import RunConfig, read_profile
+from phlora_pipeline.config import RunConfig
 from phlora_pipeline.engine import Reports, Resources
 from phlora_pipeline.errors import (
     ConflictError,
-    DeviceError,
     ModelFailedError,
     NotFoundError,
     PhloraError,
     RequestError,
 )
-from phlora_pipeline.extract import TaskReport, checked_device, profile_of
+from phlora_pipeline.extract import TaskReport, checked_device
 from phlora_pipeline.machine import available_memory, default_threads
 from phlora_pipeline.manifest import EnergyRow
-from phlora_pipeline.plan import NUMERICS_REVISION, Plan, PlanSettings, make_plan, require_fits
+from phlora_pipeline.plan import NUMERICS_REVISION, Plan, require_fits
+from phlora_pipeline.prepare import Prepared, plan, prepare
 from phlora_pipeline.reducer import FAR_FROM_BASE, NOT_A_FINE_TUNE, Reduction
 from phlora_pipeline.runlog import Run
 from phlora_pipeline.summary import Summary, percent, summarize
-from phlora_pipeline.targets import Selection
 
-PARTS = "_parts"
+__all__ = [
+    "Concluded", "ExtractResult", "Observer", "Outcome", "Prepared",
+    "compute", "conclude", "extract", "failures_recorded", "plan", "prepare", "require_room", "resources_of", "result_of", "standing",
+]  # fmt: skip
 
 Outcome = Literal["committed", "exists", "nothing_to_adapt"]
 
@@ -55,8 +56,11 @@ class ExtractResult:
         outcome: `committed`; `exists`: the same adapter stood there already; `nothing_to_adapt`: the checkpoints are the same.
         out: where it is.
         version: the adapter's identity.
-        rank, written_rank: as asked for, and as written.
-        adapter_bytes: of `adapter_model.safetensors`' tensors.
+        rank, written_rank: as asked for, or chosen as the largest, and as written.
+        policy: how ranks were chosen.
+        ranks: tensor → its own rank, before zero-padding.
+        adapter_bytes: of `adapter_model.safetensors`.
+        natural_bytes: of that file, if each pair could be written at its own rank.
         checkpoint_bytes: of the fine-tune's tensors.
         read_bytes: tensor bytes that this run read.
         summary: the rows, summed up.
@@ -68,21 +72,14 @@ class ExtractResult:
     version: str
     rank: int
     written_rank: int
+    policy: str
+    ranks: Mapping[str, int]
     adapter_bytes: int
+    natural_bytes: int
     checkpoint_bytes: int
     read_bytes: int
     summary: Summary
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """Two opened checkpoints and the plan that they make."""
-
-    base: Checkpoint
-    tuned: Checkpoint
-    plan: Plan
-    base_name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +90,8 @@ class Concluded:
         outcome: as of `ExtractResult`.
         plan: with the rank that the adapter has.
         rows: of the manifest.
-        adapter_bytes: size of the weights.
+        adapter_bytes: size of the weights' file.
+        natural_bytes: the same, if each pair could be written at its own rank.
         warnings: in words.
     """
 
@@ -101,52 +99,8 @@ class Concluded:
     plan: Plan
     rows: tuple[EnergyRow, ...]
     adapter_bytes: int
+    natural_bytes: int
     warnings: tuple[str, ...]
-
-
-def plan(config: RunConfig) -> Prepared:
-    """Open both checkpoints and plan: reads headers only, writes nothing.
-
-    Raises:
-        RequestError: the pair, or a setting, is wrong.
-    """
-    return prepare(config, open_checkpoint(config.base), storage.join(config.out, PARTS))
-
-
-def prepare(config: RunConfig, base: Checkpoint, parts_url: str, model: str = "") -> Prepared:
-    """The same for a base that is open already: many models share one.
-
-    Args:
-        config: what is wanted.
-        base: the checkpoint at `config.base`.
-        parts_url: folder of parts.
-        model: its id in a zoo.
-    """
-    base, tuned = experts.apart(base, open_checkpoint(config.tuned))
-    tuned = names.by_the_names_of(base, tuned)
-    base_name = config.base_name or adapter.base_name_from(tuned.config) or adapter.base_name_from(base.config)
-    settings = PlanSettings(
-        selection=Selection(config.targets, config.include, config.exclude),
-        dialect=config.dialect,
-        rank=config.rank,
-        factors=lowrank.Settings(config.max_rank, config.solver, config.tolerance, config.energy),
-        profile=_profile(config),
-        parts_url=parts_url,
-        identity=(("dtype", config.dtype), ("base_name", base_name)),
-        model=model,
-        carry=config.carry,
-    )
-    return Prepared(base, tuned, make_plan(base, tuned, settings), base_name)
-
-
-def _profile(config: RunConfig) -> lowrank.Profile:
-    """Of the file that the user names, or of the device that the work is meant for."""
-    if config.profile:
-        return read_profile(config.profile)
-    try:
-        return profile_of(checked_device(config.device))
-    except DeviceError:  # it may be on another machine; if not, the run says so before it reads
-        return lowrank.PROFILES["other"]
 
 
 def extract(config: RunConfig, observer: Observer) -> ExtractResult:
@@ -161,27 +115,36 @@ def extract(config: RunConfig, observer: Observer) -> ExtractResult:
         raise RequestError("there is no output folder", remedy="say where the adapter goes: out")
     prepared = plan(config)
     if (there := standing(config, prepared)) is not None:
-        return _result(config, prepared, there, 0)
-    resources = _resources(config)
-    _require_room(config, prepared.plan)
+        return result_of(config, prepared, there, 0)
+    resources = resources_of(config)
+    require_room(config, prepared.plan)
     run = Run.begin(config.out, config.model_dump(mode="json"))
-    try:
-        result = _extract(config, prepared, resources, observer, run)
-    except PhloraError as error:
-        if isinstance(error, RequestError) and not config.keep_parts:
-            with contextlib.suppress(PhloraError):  # refused, not interrupted: nothing will go on from these
-                reducer.drop_parts(prepared.plan)
-        with contextlib.suppress(PhloraError):  # where storage itself is the error, there is no place to write it down
-            run.end({"outcome": "failed", "exit_code": error.exit_code, "error": error.what, "remedy": error.remedy})
-        raise
+    with failures_recorded(run, prepared.plan, keep_parts=config.keep_parts):
+        lost = compute(config, prepared.plan, resources, observer, run)
+        concluded = conclude(config, prepared, lost, run.url)
+        for warning in concluded.warnings:
+            observer.warn(warning)
+        result = result_of(config, prepared, concluded, run.nbytes)
     run.end({"outcome": result.outcome, "exit_code": 0, "version": result.version, "summary": result.summary.as_dict()})
     return result
 
 
-def _extract(
-    config: RunConfig, prepared: Prepared, resources: Resources, observer: Observer, run: Run
-) -> ExtractResult:
-    plan = prepared.plan
+@contextlib.contextmanager
+def failures_recorded(run: Run, plan: Plan, *, keep_parts: bool) -> Iterator[None]:
+    """Whatever fails inside is the run's end; parts that nothing will go on from are removed."""
+    try:
+        yield
+    except PhloraError as error:
+        if isinstance(error, RequestError) and not keep_parts:
+            with contextlib.suppress(PhloraError):  # refused, not interrupted: nothing will go on from these
+                reducer.drop_parts(plan)
+        with contextlib.suppress(PhloraError):  # where storage itself is the error, there is no place to write it down
+            run.end({"outcome": "failed", "exit_code": error.exit_code, "error": error.what, "remedy": error.remedy})
+        raise
+
+
+def compute(config: RunConfig, plan: Plan, resources: Resources, observer: Observer, run: Run) -> Mapping[str, str]:
+    """All parts of a plan, and why some are lost: part URL → reason."""
     for warning in plan.warnings:
         observer.warn(warning)
     observer.planned(plan)
@@ -193,11 +156,7 @@ def _extract(
             if block.error is not None:
                 raise block.error
 
-    lost = driver.engine(config.engine, config.device, len(plan.tasks))(plan.tasks, resources, Reports(on_report))
-    concluded = conclude(config, prepared, lost, run.url)
-    for warning in concluded.warnings:
-        observer.warn(warning)
-    return _result(config, prepared, concluded, run.nbytes)
+    return driver.engine(config.engine, config.device, len(plan.tasks))(plan.tasks, resources, Reports(on_report))
 
 
 def conclude(config: RunConfig, prepared: Prepared, lost: Mapping[str, str], run_url: str) -> Concluded:
@@ -216,7 +175,7 @@ def conclude(config: RunConfig, prepared: Prepared, lost: Mapping[str, str], run
     plan = prepared.plan
     try:
         reduction = reducer.reduce(plan, lost, dtype=config.dtype, base=prepared.base, tuned=prepared.tuned)
-        warnings = (*_judge(reduction, config), *_dropped(reduction))
+        warnings = (*_judge(reduction, config), *reduction.warnings, *_dropped(reduction))
         if reduction.failed and not (config.allow_partial and reduction.layout.slots):
             raise _failed(reduction, run_url, config)
         outcome = _publish(config, prepared, reduction)
@@ -227,18 +186,24 @@ def conclude(config: RunConfig, prepared: Prepared, lost: Mapping[str, str], run
         return found
     if not config.keep_parts:
         reducer.drop_parts(plan)
-    return Concluded(outcome, reduction.plan, reduction.rows, reduction.weight_bytes, warnings)
+    return Concluded(outcome, reduction.plan, reduction.rows, reduction.file_bytes, reduction.natural_bytes, warnings)
 
 
 def standing(config: RunConfig, prepared: Prepared) -> Concluded | None:
     """The end of an earlier run, where this very adapter stands already."""
-    files = reducer.standing(config.out, prepared.plan, overwrite=config.overwrite)
+    parts = prepared.plan.parts_folder
+    files = reducer.standing(
+        config.out,
+        prepared.plan.version,
+        interrupted=lambda: bool(storage.list_folder(parts)),
+        overwrite=config.overwrite,
+    )
     if files is None:
         return None
     if not config.keep_parts:
         reducer.drop_parts(prepared.plan)  # of a run that was killed after its commit
     plan, rows = prepared.plan, tuple(manifest.read(storage.join(config.out, reducer.MANIFEST)))
-    if plan.energy is not None:
+    if plan.policy.chooses:
         plan = plan.of_rank(max((row.rank for row in rows if row.rank is not None), default=1))
     if any(row.status == "failed" for row in rows) and not config.allow_partial:
         raise ConflictError(
@@ -246,9 +211,15 @@ def standing(config: RunConfig, prepared: Prepared) -> Concluded | None:
             remedy="pass --overwrite to extract it again, or --allow-partial to accept it",
         )
     if adapter.CONFIG not in files:
-        return Concluded("nothing_to_adapt", plan, rows, 0, ())
+        return Concluded("nothing_to_adapt", plan, rows, 0, 0, ())
     info = storage.stat(storage.join(config.out, adapter.WEIGHTS))
-    return Concluded("exists", plan, rows, info.size if info else 0, ())
+    return Concluded("exists", plan, rows, info.size if info else 0, _natural_bytes(config), ())
+
+
+def _natural_bytes(config: RunConfig) -> int:
+    info = storage.stat(storage.join(config.out, reducer.RUN))
+    written = reducer.run_record(info).get("written", {}) if info else {}
+    return int(written.get("natural_bytes", 0))
 
 
 def _publish(config: RunConfig, prepared: Prepared, reduction: Reduction) -> Outcome:
@@ -269,7 +240,13 @@ def _publish(config: RunConfig, prepared: Prepared, reduction: Reduction) -> Out
             prepared.base_name,
             (prepared.tuned if prepared.tuned.config else prepared.base).architectures,
         ),
-        card=model_card(plan, reduction.rows, base_name=prepared.base_name, dtype=reduction.dtype),
+        card=model_card(
+            plan,
+            reduction.rows,
+            base_name=prepared.base_name,
+            dtype=reduction.dtype,
+            sizes=(reduction.file_bytes, reduction.natural_bytes),
+        ),
         run=_run_record(config, prepared, reduction),
         **names,
     )
@@ -312,17 +289,25 @@ def _failed(reduction: Reduction, run_url: str, config: RunConfig) -> ModelFaile
     )
 
 
-def _resources(config: RunConfig) -> Resources:
+def resources_of(config: RunConfig) -> Resources:
+    """Where tasks run; a device that is not there is told before anything is written."""
     if config.engine != "ray" or config.device.partition(":")[0] not in {"auto", "cpu", "cuda"}:
         checked_device(config.device)
     return Resources(config.device, config.threads or default_threads(), config.workers)
 
 
-def _require_room(config: RunConfig, plan: Plan) -> None:
+def require_room(config: RunConfig, *plans: Plan) -> None:
+    """Refuse what cannot fit into memory, or on the disk: the parts of the last plan, and every plan's adapter.
+
+    Raises:
+        RequestError: with both numbers.
+    """
+    plan = plans[-1]
     if config.engine != "ray":
         require_fits(plan, available_memory())
     storage.require_writable(config.out)
-    needed, free = plan.part_bytes + 4 * plan.adapter_parameters, storage.free_bytes(config.out)
+    needed = plan.part_bytes + 4 * sum(each.adapter_parameters for each in plans)
+    free = storage.free_bytes(config.out)
     if free is not None and free < needed:
         raise RequestError(
             f"no room: parts and adapter need up to {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free at {config.out}",
@@ -330,14 +315,18 @@ def _require_room(config: RunConfig, plan: Plan) -> None:
         )
 
 
-def _result(config: RunConfig, prepared: Prepared, concluded: Concluded, read: int) -> ExtractResult:
+def result_of(config: RunConfig, prepared: Prepared, concluded: Concluded, read: int) -> ExtractResult:
+    """What a caller is told."""
     return ExtractResult(
         concluded.outcome,
         config.out,
         concluded.plan.version,
         concluded.plan.rank,
         concluded.plan.written_rank,
+        concluded.plan.policy.name,
+        {row.tensor: row.rank for row in concluded.rows if row.rank is not None},
         concluded.adapter_bytes,
+        concluded.natural_bytes,
         prepared.tuned.nbytes,
         read,
         summarize(concluded.rows),
@@ -348,7 +337,7 @@ def _result(config: RunConfig, prepared: Prepared, concluded: Concluded, read: i
 def _run_record(config: RunConfig, prepared: Prepared, reduction: Reduction) -> dict[str, Any]:
     """`run.json`: what decided the adapter's bytes, and nothing that differs between two runs that give the same."""
     deciding = (
-        "rank", "energy", "max_rank", "targets", "include", "exclude", "carry", "dialect", "dtype", "solver", "tolerance"
+        "rank", "energy", "budget", "max_rank", "targets", "include", "exclude", "carry", "dialect", "dtype", "solver", "tolerance"
     )  # fmt: skip
     settings = config.model_dump(mode="json", include=set(deciding))
     return {
@@ -356,7 +345,12 @@ def _run_record(config: RunConfig, prepared: Prepared, reduction: Reduction) -> 
         "extraction_id": prepared.plan.extraction_id,
         "numerics_revision": NUMERICS_REVISION,
         "settings": settings,
-        "written": {"rank": reduction.plan.written_rank, "dtype": reduction.dtype, "base_name": prepared.base_name},
+        "written": {
+            "rank": reduction.plan.written_rank,
+            "dtype": reduction.dtype,
+            "base_name": prepared.base_name,
+            "natural_bytes": reduction.natural_bytes,
+        },
         "sources": {
             # Not where they are: a checkpoint that is moved is the same. The run's own request.json has the places.
             "base": {"fingerprint": prepared.base.fingerprint},

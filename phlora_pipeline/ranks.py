@@ -103,6 +103,26 @@ class Policy:
         return "auto" if self.noise else "budget" if self.budget else "fixed"
 
     @property
+    def words(self) -> str:
+        """How it chooses, as the end of a sentence.
+
+        >>> Policy(energy=0.9).words
+        'to keep 0.9 of the energy of each tensor'
+        """
+        if self.energy is not None:
+            return f"to keep {self.energy:g} of the energy of each tensor"
+        if self.budget is not None:
+            return f"to keep the most energy within {self.budget.words()}"
+        return "to keep what stands above the rounding noise" if self.noise else "by hand"
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What distinguishes its adapters from others of the same parts and the same largest rank."""
+        if self.budget is not None:
+            return {"policy": "budget", "amount": self.budget.amount, "counts": self.budget.counts}
+        return {"policy": "auto"} if self.noise else {}  # a threshold has factorisations of its own
+
+    @property
     def chooses(self) -> bool:
         """Whether ranks are known only when all tensors are factorised."""
         return self.name != "fixed"

@@ -10,19 +10,20 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from phlora_pipeline import adapter, lowrank, manifest, parts, safetensors_format, storage, targets
+from phlora_pipeline import adapter, lowrank, manifest, parts, policy, storage, targets
 from phlora_pipeline.adapter import Kept, Layout, Slot
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef
 from phlora_pipeline.errors import ConflictError, RequestError
 from phlora_pipeline.manifest import EnergyRow
 from phlora_pipeline.parts import Part, TensorResult
 from phlora_pipeline.plan import Plan
+from phlora_pipeline.policy import Chosen
 from phlora_pipeline.storage import ObjectInfo
 
 MANIFEST = "energy.parquet"
@@ -50,6 +51,9 @@ class Reduction:
         dtype: of the adapter: `float32`, `bfloat16` or `float16`.
         cosine: energy-weighted median over the matrices of the cosine of W_base and W_tuned; None without matrices.
         sources: tensor → the part that holds its factors.
+        ranks: tensor → how many of them are written.
+        natural_bytes: of the weights' file, if each pair could be written at its own rank.
+        warnings: about the ranks, in words.
     """
 
     plan: Plan
@@ -58,6 +62,9 @@ class Reduction:
     dtype: str
     cosine: float | None
     sources: Mapping[str, Part]
+    ranks: Mapping[str, int]
+    natural_bytes: int
+    warnings: tuple[str, ...]
 
     @property
     def failed(self) -> tuple[EnergyRow, ...]:
@@ -65,13 +72,9 @@ class Reduction:
         return tuple(row for row in self.rows if row.status == "failed")
 
     @property
-    def weight_bytes(self) -> int:
-        """Size of the adapter's tensors."""
-        factors = sum(
-            safetensors_format.tensor_bytes(adapter.stored_dtype(slot, self.dtype)[0], slot.shape)
-            for slot in self.layout.slots
-        )
-        return factors + sum(safetensors_format.tensor_bytes(item.dtype, item.shape) for item in self.layout.kept)
+    def file_bytes(self) -> int:
+        """Size of the weights' file."""
+        return adapter.file_bytes(self.layout, self.dtype)
 
 
 def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint, tuned: Checkpoint) -> Reduction:
@@ -95,30 +98,35 @@ def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint,
         part = parts.load(member.part_url)
         results |= part.results
         sources |= {name: part for name, result in part.results.items() if result.status == "factored"}
-    ranks = {name: len(results[name].singular_values) for name in sources}
-    if plan.energy is not None:
-        plan = plan.of_rank(max(ranks.values(), default=1))
     changed = plan.grown | {name for name, result in results.items() if result.delta_sq > 0}
-    layout = adapter.make_layout(plan, frozenset(sources), ranks, changed, base.tensors, tuned.tensors)
     picked = adapter.pick_dtype(dtype, plan.adapted)
+    draft = adapter.drafting(changed, base.tensors, tuned.tensors)
+    chosen = policy.choose(plan, {name: results[name] for name in sources}, draft, picked)
+    plan, layout = chosen.plan, draft(chosen.plan, chosen.ranks)
     rows = []
     for name, ref in sorted(tuned.tensors.items()):
         row = _blank_row(plan, ref, base.tensors.get(name))
         if name in results:
             row = _measured_row(row, results[name], plan, layout)
         if name in sources:
-            row = _adapted_row(row, results[name], sources[name], plan, adapter.DTYPES[picked][1])
+            row = _factored_row(row, results[name], sources[name], plan, chosen, adapter.DTYPES[picked][1])
         rows.append(row)
         rows += _new_rows(row, plan, layout)
-    return Reduction(plan, tuple(rows), layout, picked, _median_cosine(results.values(), tuned), sources)
+    cosine = _median_cosine(results.values(), tuned)
+    return Reduction(
+        plan, tuple(rows), layout, picked, cosine, sources, chosen.ranks, chosen.natural_bytes, chosen.warnings
+    )
 
 
-def standing(out: str, plan: Plan, *, overwrite: bool = False) -> frozenset[str] | None:
+def standing(
+    out: str, version: str, *, interrupted: Callable[[], bool], overwrite: bool = False
+) -> frozenset[str] | None:
     """Names of the files of this very adapter that stand in `out` already, whole; None where there is none yet.
 
     Args:
         out: the output folder.
-        plan: of the adapter.
+        version: of the adapter.
+        interrupted: whether files without a config may be of this very adapter, whose publication was interrupted.
         overwrite: whether an adapter, this or another, is to be replaced.
 
     Raises:
@@ -138,14 +146,14 @@ def standing(out: str, plan: Plan, *, overwrite: bool = False) -> frozenset[str]
     if adapter.CONFIG in ours:
         run = run_record(there[RUN]) if RUN in ours else {}
         whole = ours == set(PUBLISHED) and there[adapter.WEIGHTS].size == run.get("weights", {}).get("bytes")
-        if run.get("version") == plan.version and whole:
+        if run.get("version") == version and whole:
             return ours
     elif ours == {MANIFEST}:
         rows = manifest.read(there[MANIFEST].url)
-        if rows and rows[0].version == plan.version:
+        if rows and rows[0].version == version:
             return ours
-    elif storage.list_folder(plan.parts_folder):
-        return None  # this very extraction, interrupted while it published: its files will turn out the same
+    elif interrupted():
+        return None  # the files will turn out the same
     raise ConflictError(
         f"{out} already holds another adapter, a damaged one, or files of the same names: {', '.join(sorted(ours))}",
         remedy="choose another output folder, or pass --overwrite to replace an adapter",
@@ -178,6 +186,28 @@ def publish(
         ConflictError: another file stands where one of these should go.
     """
     header, tensors = weights(reduction)
+    size = reduction.file_bytes
+    commit(out, header, tensors, size, reduction.rows, config=config, card=card, run=run, model=model, base=base)
+
+
+def commit(
+    out: str,
+    header: bytes,
+    tensors: parts.Body,
+    size: int,
+    rows: Sequence[EnergyRow],
+    *,
+    config: dict[str, object],
+    card: str,
+    run: dict[str, object],
+    model: str,
+    base: str,
+) -> None:
+    """The same of any weights: a safetensors header, a producer of what follows it, and the size of both.
+
+    Raises:
+        ConflictError: another file stands where one of these should go.
+    """
     digest = hashlib.sha256()
 
     def body() -> Iterator[bytes]:
@@ -187,10 +217,9 @@ def publish(
             digest.update(chunk)
             yield chunk
 
-    size = len(header) + reduction.weight_bytes
     _put(out, adapter.WEIGHTS, storage.put_new(storage.join(out, adapter.WEIGHTS), body, size=size))
     put = storage.stat(storage.join(out, adapter.WEIGHTS))
-    publish_manifest(out, reduction.rows, model=model, base=base)
+    publish_manifest(out, rows, model=model, base=base)
     run = {**run, "weights": {"bytes": size, "sha256": digest.hexdigest()}}
     for name, text in ((CARD, card), (RUN, _json(run))):
         _put(out, name, storage.put_new(storage.join(out, name), text.encode()))
@@ -225,9 +254,6 @@ def drop_parts(plan: Plan) -> None:
 def weights(reduction: Reduction) -> tuple[bytes, parts.Body]:
     """`adapter_model.safetensors`: its first bytes, and a producer of the rest that holds one tensor at a time."""
     items = reduction.layout.in_file_order(reduction.dtype)
-    header = safetensors_format.build_header(
-        {item.key: (adapter.stored_dtype(item, reduction.dtype)[0], item.shape) for item in items}, {"format": "pt"}
-    )
 
     def tensors() -> Iterator[bytes]:
         for item in items:
@@ -236,12 +262,15 @@ def weights(reduction: Reduction) -> tuple[bytes, parts.Body]:
             else:
                 yield from parts.tensor_chunks(_filled(item, reduction, adapter.stored_dtype(item, reduction.dtype)[1]))
 
-    return header, tensors
+    return adapter.file_header(reduction.layout, reduction.dtype), tensors
 
 
 def _filled(slot: Slot, reduction: Reduction, dtype: torch.dtype) -> torch.Tensor:
     def factor(tensor: str | None) -> torch.Tensor | None:
-        return None if tensor is None else parts.read_factor(reduction.sources[tensor], slot.side, tensor)
+        if tensor is None:
+            return None
+        read = parts.read_factor(reduction.sources[tensor], slot.side, tensor)
+        return adapter.cut(read, slot.side, reduction.ranks[tensor])
 
     if slot.stack:
         return adapter.fill_stack(slot, map(factor, slot.stack), reduction.plan.rank, dtype)
@@ -284,15 +313,26 @@ def _measured_row(row: EnergyRow, result: TensorResult, plan: Plan, layout: Layo
         status=status,
         reason=reason,
         delta_norm=math.sqrt(result.delta_sq),
+        noise_energy=min(result.noise_sq / result.delta_sq, 1.0) if changed else None,
         relative_change=math.sqrt(result.delta_sq / result.base_sq) if result.base_sq else None,
         cosine=_cosine(result),
     )
 
 
-def _adapted_row(row: EnergyRow, result: TensorResult, part: Part, plan: Plan, dtype: torch.dtype) -> EnergyRow:
+def _factored_row(
+    row: EnergyRow, result: TensorResult, part: Part, plan: Plan, chosen: Chosen, dtype: torch.dtype
+) -> EnergyRow:
     most = min(row.shape[0], math.prod(row.shape[1:]))
     values = result.singular_values
-    rank = min(plan.rank, len(values))
+    row = replace(
+        row,
+        singular_values=values,
+        energy_at={r: lowrank.preserved_energy(values, result.delta_sq, min(r, most)) for r in manifest.ENERGY_RANKS},
+        solver=result.solver,
+        certificate=result.certificate,
+    )
+    if (rank := chosen.ranks.get(row.tensor)) is None:
+        return replace(row, reason=chosen.without[row.tensor])
     dropped_sq = result.residual_sq + math.fsum(value * value for value in values[rank:])
     lost_sq = dropped_sq + _rounding_sq(row.tensor, part, rank, dtype)
     return replace(
@@ -302,20 +342,16 @@ def _adapted_row(row: EnergyRow, result: TensorResult, part: Part, plan: Plan, d
         rank=rank,
         preserved_energy=lowrank.preserved_energy(values, result.delta_sq, rank),
         written_energy=1 - lost_sq / result.delta_sq,
-        singular_values=values,
-        energy_at={r: lowrank.preserved_energy(values, result.delta_sq, min(r, most)) for r in manifest.ENERGY_RANKS},
-        solver=result.solver,
-        certificate=result.certificate,
     )
 
 
 def _about_rank(result: TensorResult, most: int, plan: Plan) -> Iterator[str]:
     values = result.singular_values
-    if plan.energy is None:
-        if plan.rank > most:
-            yield f"rank {plan.rank} clipped to {most}, all there is"
-    elif (kept := lowrank.preserved_energy(values, result.delta_sq, len(values))) is not None and kept < plan.energy:
-        yield f"the threshold of {plan.energy:g} is not reached at the largest rank allowed, {len(values)}"
+    wanted, kept = plan.policy.energy, lowrank.preserved_energy(values, result.delta_sq, len(values))
+    if not plan.policy.chooses and plan.rank > most:
+        yield f"rank {plan.rank} clipped to {most}, all there is"
+    if wanted is not None and kept is not None and kept < wanted:
+        yield f"the threshold of {wanted:g} is not reached at the largest rank allowed, {len(values)}"
 
 
 def _rounding_sq(name: str, part: Part, rank: int, dtype: torch.dtype) -> float:

@@ -44,6 +44,7 @@ LAYERS = [
         "manifest",
         "summary",
         "card",
+        "policy",
         "matrix",
     },
     {
@@ -58,8 +59,9 @@ LAYERS = [
         "logits",
         "convert",
         "calibrate",
+        "compress",
     },
-    {"pipeline", "zoo", "submit"},
+    {"prepare", "pipeline", "several", "zoo", "submit"},
     {"cli", "console", "render", "__main__"},
 ]
 HOMES = {
@@ -79,7 +81,7 @@ HOMES = {
 
 
 NUMERICS = [
-    "delta", "operator", "panels", "krylov", "ritz", "full", "certificate", "checks", "energy", "routes", "solve", "decompose",
+    "delta", "noise", "operator", "panels", "krylov", "ritz", "compress", "full", "certificate", "checks", "energy", "routes", "solve", "decompose",
 ]  # fmt: skip
 
 

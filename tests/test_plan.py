@@ -13,6 +13,7 @@ from phlora_pipeline import lowrank
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.plan import Plan, PlanSettings, blocks, make_plan, require_fits
+from phlora_pipeline.ranks import Policy
 from phlora_pipeline.safetensors_format import tensor_bytes
 from phlora_pipeline.targets import Selection
 from tests.toys import LLAMA
@@ -244,8 +245,11 @@ def test_a_rank_off_the_grid_is_written_padded_and_said() -> None:
 
 
 def test_with_a_threshold_of_energy_the_rank_is_known_later_and_then_goes_on_the_grid() -> None:
-    made = planned(llama(), of_rank(20, energy=0.9))
-    assert (made.energy, made.warnings) == (0.9, ())
+    made = planned(llama(), replace(of_rank(20, energy=0.9), policy=Policy(energy=0.9)))
+    assert made.policy.name == "energy"
+    assert [warning.partition(":")[0] for warning in made.warnings] == [
+        "--for portable has one rank for all tensors"
+    ]  # and nothing of padding 20 to 32
     later = made.of_rank(9)
     assert (later.rank, later.written_rank) == (9, 16)
     assert (later.version, later.extraction_id, later.tasks) == (made.version, made.extraction_id, made.tasks)

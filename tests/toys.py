@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
@@ -72,3 +72,9 @@ def save(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] 
         weight_map |= dict.fromkeys(chosen, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+def load(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that `save` wrote in one file."""
+    found: dict[str, Tensor] = load_file(folder / "model.safetensors")
+    return found

@@ -2,7 +2,7 @@
 
 What is portable follows one rule (`servers.toml` and the loaders' sources say why): one rank for all modules, reached by
 zero-padding; `lora_alpha == r`, so that every loader's scale is 1; no rsLoRA, no `modules_to_save`, no bias; plain 2-D keys;
-explicit zero pairs where a family would otherwise have a gap. With `--energy`, the dialects whose servers read patterns get
+explicit zero pairs where a family would otherwise have a gap. With a policy that chooses ranks, the dialects whose servers read patterns get
 each module at its own rank and the same alpha, so that the scale is 1 there, too.
 """
 
@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from phlora_pipeline.adapter.config import adapter_config, base_name_from
 from phlora_pipeline.adapter.fill import cut, fill, fill_stack, keep, pick_dtype, round_factor
-from phlora_pipeline.adapter.layout import make_layout
+from phlora_pipeline.adapter.layout import drafting, make_layout
+from phlora_pipeline.adapter.size import file_bytes, file_header, parameters
 from phlora_pipeline.adapter.slots import DTYPES, PREFIX, Kept, Layout, Slot, kohya_name, stored_dtype
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 __all__ = [
-    "CONFIG", "DTYPES", "PREFIX", "WEIGHTS", "Kept", "Layout", "Slot", "adapter_config", "base_name_from", "cut", "fill",
-    "fill_stack", "keep", "kohya_name", "make_layout", "pick_dtype", "round_factor", "stored_dtype",
+    "CONFIG", "DTYPES", "PREFIX", "WEIGHTS", "Kept", "Layout", "Slot", "adapter_config", "base_name_from", "cut", "drafting", "file_bytes",
+    "file_header", "fill", "fill_stack", "keep", "kohya_name", "make_layout", "parameters", "pick_dtype",
+    "round_factor", "stored_dtype",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from phlora_pipeline import carry, experts, targets
@@ -83,6 +83,17 @@ def make_layout(
         whole,
         bool(moved),
     )
+
+
+def drafting(
+    changed: frozenset[str], base: Mapping[str, TensorRef], tuned: Mapping[str, TensorRef]
+) -> Callable[[Plan, Mapping[str, int]], Layout]:
+    """A maker of layouts for the tensors that have a rank: what they weigh is known only from the whole.
+
+    Args:
+        changed, base, tuned: as of `make_layout`.
+    """
+    return lambda plan, ranks: make_layout(plan, frozenset(ranks), ranks, changed, base, tuned)
 
 
 def _whole(plan: Plan, modules: Sequence[str], tuned: Mapping[str, TensorRef]) -> Iterator[Kept]:

@@ -9,11 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from phlora_pipeline import console, render
+from phlora_pipeline.cli import ranks
 from phlora_pipeline.cli.loading import loading
 from phlora_pipeline.cli.options import (
     RUN,
     Base,
     BaseName,
+    Budget,
     Carry,
     CarryOption,
     Dialect,
@@ -49,8 +51,9 @@ def extract(
     base: Base,
     tuned: Tuned,
     out: Out,
-    rank: Rank = 32,
+    rank: Rank = None,
     energy: Energy = None,
+    budget: Budget = None,
     max_rank: MaxRank = 0,
     targets: TargetsOption = Targets.ALL,
     include: Include = None,
@@ -110,20 +113,31 @@ def extract(
 ) -> None:
     """Extract a LoRA adapter from a fine-tuned checkpoint and its base.
 
-    Example: phlora extract --base ./llama --tuned s3://zoo/llama-support --out ./adapter --rank 32
+    Examples: phlora extract --base ./llama --tuned s3://zoo/llama-support --out ./adapter --rank 32
+
+    … --rank 16,32,64 (three adapters, one decomposition)   … --budget 200MB --for vllm   … --rank auto --for peft
     """
     from phlora_pipeline import config
 
+    wanted = ranks.asked(rank, energy, budget)
     settings = config.run_config(
-        base=base, tuned=tuned, out=out, rank=rank, energy=energy, max_rank=max_rank, targets=targets.value, include=tuple(include or ()), carry=carry.value, exclude=tuple(exclude or ()),
+        base=base, tuned=tuned, out=out, rank=wanted.rank, energy=energy, budget=budget, max_rank=max_rank, targets=targets.value, include=tuple(include or ()), carry=carry.value, exclude=tuple(exclude or ()),
         dialect=dialect.value, base_name=base_name, dtype=dtype.value, solver=solver.value, tolerance=tolerance, profile=profile, engine=engine.value, device=device, workers=workers,
         threads=threads, allow_partial=allow_partial, overwrite=overwrite, force=force, keep_parts=keep_parts,
     )  # fmt: skip
     with loading():
-        from phlora_pipeline import pipeline
+        from phlora_pipeline import pipeline, several
     with console.reporter(quiet=json_output) as observer:
-        result = pipeline.extract(settings, observer)
-    render.json_object(asdict(result)) if json_output else render.show_result(result)
+        if wanted.several:
+            results = several.extract(settings, wanted.several, observer)
+        else:
+            results = [pipeline.extract(settings, observer)]
+    if json_output:
+        records = [asdict(result) for result in results]
+        render.json_object({"adapters": records} if wanted.several else records[0])
+    else:
+        for result in results:
+            render.show_result(result)
 
 
 def plan(
@@ -136,8 +150,9 @@ def plan(
     ] = "",
     base: Base = "",
     tuned: Tuned = "",
-    rank: Rank = 32,
+    rank: Rank = None,
     energy: Energy = None,
+    budget: Budget = None,
     max_rank: MaxRank = 0,
     targets: TargetsOption = Targets.ALL,
     include: Include = None,
@@ -176,13 +191,14 @@ def plan(
         raise typer.BadParameter(f"Missing option {' and '.join(missing)}, or a ZOO", ctx=context)
     from phlora_pipeline import config
 
+    wanted = ranks.asked(rank, energy, budget)
     settings = config.run_config(
-        base=base, tuned=tuned, rank=rank, energy=energy, max_rank=max_rank, targets=targets.value, include=tuple(include or ()), carry=carry.value,
+        base=base, tuned=tuned, rank=wanted.rank, energy=energy, budget=budget, max_rank=max_rank, targets=targets.value, include=tuple(include or ()), carry=carry.value,
         exclude=tuple(exclude or ()), dialect=dialect.value, solver=solver.value, device=device, profile=profile,
     )  # fmt: skip
     with loading():
-        from phlora_pipeline import pipeline
-    prepared = pipeline.plan(settings)
+        from phlora_pipeline import several
+    prepared = [made for _, made in several.plan(settings, wanted.several)]
     render.json_object(render.plan_record(prepared)) if json_output else render.show_plan(prepared)
 
 

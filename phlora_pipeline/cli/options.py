@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-SELECT, NUMERICS, RUN, NIGHT = (
+RANKS, SELECT, NUMERICS, RUN, NIGHT = (
+    "How many ranks: one of --rank, --energy, --budget",
     "What is adapted",
     "How it is computed",
     "How it runs",
@@ -80,12 +81,23 @@ Tuned = Annotated[str, _TUNED]
 Out = Annotated[
     str, typer.Option("--out", metavar="URL", help="Where the adapter goes: a folder that is empty or absent.")
 ]
-Rank = Annotated[int, typer.Option("--rank", "-r", help="Rank r of the adapter, 1 to 512.")]
+Rank = Annotated[
+    str | None,
+    typer.Option(
+        "--rank",
+        "-r",
+        metavar="N|N,M,…|auto",
+        rich_help_panel=RANKS,
+        show_default="32",
+        help="Rank r of the adapter, 1 to 512. 16,32,64: a folder for each (OUT/r16 …) from one extraction. auto: each tensor's singular values above its rounding noise.",
+    ),
+]
 MaxRank = Annotated[
     int,
     typer.Option(
         "--max-rank",
-        help="Singular values kept for the manifest; E_r is known up to here. 0: the same as --rank, or 128 with --energy.",
+        rich_help_panel=RANKS,
+        help="Singular values kept for the manifest; E_r is known up to here, and no rank is chosen above. 0: the largest --rank, or 128.",
     ),
 ]
 TargetsOption = Annotated[
@@ -168,7 +180,18 @@ Energy = Annotated[
     typer.Option(
         "--energy",
         metavar="SHARE",
+        rich_help_panel=RANKS,
         help="Instead of --rank: each tensor's smallest rank that keeps this share of its ‖ΔW‖², at most --max-rank.",
+    ),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="SIZE",
+        rich_help_panel=RANKS,
+        show_default=False,
+        help="Instead of --rank: the most energy that fits. 200MB, 64MiB: the weights' file as written; 12M-params: its numbers. --for peft and vllm give each tensor its own rank.",
     ),
 ]
 ProfileOption = Annotated[

@@ -6,7 +6,7 @@ pairs are refused here, before a tensor is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from phlora_pipeline import lowrank, targets
@@ -17,9 +17,10 @@ from phlora_pipeline.plan.blocks import BLOCK_BYTES, TensorPair, digest_of, make
 from phlora_pipeline.plan.choice import choose, keep_whole, multimodal, pair_up, some, tied_modules
 from phlora_pipeline.plan.tasks import Member, Task, largest_first
 from phlora_pipeline.quantised import FP8
+from phlora_pipeline.ranks import FIXED, Policy
 from phlora_pipeline.targets import Dialect, Selection, ServerRules
 
-NUMERICS_REVISION = 2
+NUMERICS_REVISION = 3
 """Raised when results change, so that an upgrade recomputes a zoo only where it must."""
 
 _RUNTIME_BYTES = 512 << 20
@@ -42,11 +43,11 @@ class Plan:
         modules: every module of the fine-tune.
         tied: (input embedding's module, output module) where they share one weight, whose delta goes on both.
         carried: tensors that are kept whole if they changed → where; they are among those left out of the factors.
-        rank: of the adapter, as asked for; the most that it may have where a threshold of energy is asked for.
+        rank: of the adapter, as asked for; the most that it may have where a policy chooses.
         written_rank: of the adapter, as written: the next of the servers' grid.
         rank_grid: ranks that servers compute with; empty where any is.
         per_tensor_ranks: whether each module is written at its own rank, instead of all at the largest.
-        energy: the threshold of each tensor's E_r, or None; the ranks are known when all tensors are factorised.
+        policy: how ranks are chosen; those that one chooses are known when all tensors are factorised.
         warnings: in words, for the user.
     """
 
@@ -66,11 +67,11 @@ class Plan:
     written_rank: int
     rank_grid: tuple[int, ...]
     per_tensor_ranks: bool
-    energy: float | None
+    policy: Policy
     warnings: tuple[str, ...]
 
     def of_rank(self, rank: int) -> Plan:
-        """The same plan, once the rank that a threshold of energy takes is known."""
+        """The same plan, once the largest rank that its policy takes is known."""
         return replace(self, rank=rank, written_rank=targets.written_rank(rank, self.rank_grid))
 
     @property
@@ -134,12 +135,13 @@ class PlanSettings:
     """The choices that shape a plan, free of where things run.
 
     Attributes:
-        rank: of the adapter.
+        rank: of the adapter; the most, where a policy chooses.
         factors: what is wanted of every factorisation.
         profile: rates of the device that the plan is for.
         parts_url: folder of all parts; a part goes to `<parts_url>/<extraction_id>/<block>.safetensors`.
         model: its id in a zoo.
         carry: whether what has no low-rank form is kept whole.
+        policy: how ranks are chosen; a threshold of energy is also the factorisations' own.
         identity: further settings that decide the adapter's bytes (dtype, name of the base …).
     """
 
@@ -152,6 +154,7 @@ class PlanSettings:
     identity: tuple[tuple[str, str], ...] = ()
     model: str = ""
     carry: Carry = "none"
+    policy: Policy = FIXED
 
 
 def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Plan:
@@ -163,8 +166,6 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
     _require_same_model(base, tuned)
     rules = targets.server_rules(tuned.model_type or base.model_type, settings.dialect)
     _require_served(settings.rank, rules)
-    per_tensor = settings.factors.energy is not None and rules.per_tensor_ranks
-    grid = () if per_tensor else rules.rank_grid
     pairs, unread = pair_up(base, tuned, settings.selection)
     tied = tied_modules(tuned if tuned.config else base, pairs)
     chosen, left_out = choose(pairs, settings.selection, rules, tied, multimodal=multimodal(base, tuned))
@@ -173,6 +174,8 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
         chosen, left_out, carried = keep_whole(chosen, left_out, tuned.tensors, settings.selection)
     if not chosen:
         raise _nothing_matches(left_out, unread)
+    per_tensor = settings.policy.chooses and rules.per_tensor_ranks and not _shares_a_rank(chosen, settings.policy)
+    grid = () if per_tensor else rules.rank_grid
     reached = {pair.module for pair in chosen} | {targets.module_of(name) for name in carried}
     if rules.unets_only:
         _require_names_apart(chosen)
@@ -191,6 +194,7 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
             "rank": settings.rank,
             "dialect": settings.dialect,
             **({"ranks": "own"} if per_tensor else {}),
+            **settings.policy.identity,
             "tied": tied,
             "carry": settings.carry,
             "model_type": rules.model_type,
@@ -223,8 +227,11 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
         written_rank=written,
         rank_grid=grid,
         per_tensor_ranks=per_tensor,
-        energy=settings.factors.energy,
-        warnings=tuple(_warnings(base, tuned, settings, written, pairs)),
+        policy=settings.policy,
+        warnings=(
+            *_one_rank_for_all(settings.policy, rules, per_tensor=per_tensor),
+            *_warnings(base, tuned, settings, written, pairs),
+        ),
     )
 
 
@@ -278,6 +285,24 @@ def _require_served(rank: int, rules: ServerRules) -> None:
         )
 
 
+def _shares_a_rank(chosen: Sequence[TensorPair], policy: Policy) -> bool:
+    """Experts and routers keep the adapter's rank: a budget would pay the largest rank for all of them."""
+    return policy.budget is not None and any(pair.kind in {"expert", "router"} for pair in chosen)
+
+
+def _one_rank_for_all(policy: Policy, rules: ServerRules, *, per_tensor: bool) -> Iterator[str]:
+    """Where ranks are chosen, and cannot be written as chosen."""
+    if not policy.chooses or per_tensor:
+        return
+    who = f"--for {rules.dialect} has one rank for all tensors"
+    if rules.per_tensor_ranks:
+        yield "experts share one rank: within this budget all tensors have the largest rank that fits"
+    elif policy.budget is not None:
+        yield f"{who}: it will be the largest that fits the budget; --for peft and --for vllm spend it where it keeps most"
+    else:
+        yield f"{who}: each is zero-padded to the largest; --for peft and --for vllm write each at its own"
+
+
 def _require_names_apart(chosen: Sequence[TensorPair]) -> None:
     """Two modules may differ by a dot where kohya's names have the same underscore."""
     names: dict[str, str] = {}
@@ -313,7 +338,7 @@ def _warnings(
     missing = sorted(set(base.tensors) - set(tuned.tensors))
     if missing:
         yield f"{len(missing)} tensors of the base are not in the fine-tune: {some(missing)}"
-    if written != settings.rank and settings.factors.energy is None:
+    if written != settings.rank and not settings.policy.chooses:
         yield f"rank {settings.rank} is written as {written}, zero-padded: the next rank that servers compute with"
     if _has_head(tuned, base) and any("." not in pair.module for pair in pairs if pair.kind == "embedding"):
         yield "the tensors' names lack the prefix that they have in memory under the model's head: loaders will find no module; save the whole model by save_pretrained first"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from phlora_pipeline.render import ranks
 from phlora_pipeline.render.text import line
 from phlora_pipeline.summary import percent, reasons, size
 
@@ -19,15 +20,21 @@ MOST_NAMES = 10
 def show_result(result: ExtractResult) -> None:
     summary = result.summary
     if result.outcome == "nothing_to_adapt":
-        line(
-            f"Nothing to adapt: no target tensor differs between the two checkpoints. The manifest is at {result.out}/energy.parquet"
+        drowned = any("below storage precision" in reason for _, reason, *_ in summary.left_out)
+        why = (
+            "no update stands above the rounding of its checkpoint"
+            if drowned
+            else "no target tensor differs between the two checkpoints"
         )
+        line(f"Nothing to adapt: {why}. The manifest is at {result.out}/energy.parquet")
         return
     if result.outcome == "exists":
         line("This adapter is there already, nothing was read:")
     line(
-        f"{result.out}  (rank {result.rank}, {size(result.adapter_bytes)}, {percent(result.adapter_bytes / result.checkpoint_bytes)} of the checkpoint)"
+        f"{result.out}  ({ranks.of_result(result)}, {size(result.adapter_bytes)}, {percent(result.adapter_bytes / result.checkpoint_bytes)} of the checkpoint)"
     )
+    if padded := ranks.padding(result):
+        line(padded)
     counts = {
         "adapted": summary.adapted,
         "unchanged": summary.unchanged,
@@ -61,10 +68,13 @@ def _some(result: ExtractResult, reason: str, most: int = 3) -> str:
     return ", ".join(names) + (" …" if len(told) > most else "")
 
 
-def plan_record(prepared: Prepared) -> dict[str, Any]:
-    made = prepared.plan
+def plan_record(prepared: Sequence[Prepared]) -> dict[str, Any]:
+    """Of the adapters that one extraction gives; of several each has its own record beside what they share."""
+    made = prepared[-1].plan
+    own = [ranks.plan_record(each) for each in prepared]
     return {
-        "version": made.version,
+        **own[-1],
+        **({"adapters": own} if len(own) > 1 else {}),
         "extraction_id": made.extraction_id,
         "adapted": [{"tensor": pair.name, "kind": pair.kind, "shape": pair.shape} for pair in made.adapted],
         "carried": {name: place.words for name, place in made.carried.items()},
@@ -76,24 +86,22 @@ def plan_record(prepared: Prepared) -> dict[str, Any]:
         "flops": made.flops,
         "worker_bytes": made.worker_bytes,
         "adapter_parameters": made.adapter_parameters,
-        "rank": made.rank,
-        "written_rank": made.written_rank,
         "warnings": made.warnings,
     }
 
 
-def show_plan(prepared: Prepared) -> None:
+def show_plan(prepared: Sequence[Prepared]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    made = prepared.plan
+    made = prepared[-1].plan
     table = Table("kind", "tensors", "entries", box=None)
     kinds = sorted({pair.kind for pair in made.adapted})
     for kind in kinds:
         pairs = [pair for pair in made.adapted if pair.kind == kind]
         table.add_row(kind, str(len(pairs)), f"{sum(pair.numel for pair in pairs):,}")
     line(
-        f"adapt {len(made.adapted)} tensors in {sum(task.block.purpose == 'factor' for task in made.tasks)} blocks, rank {made.written_rank}:"
+        f"adapt {len(made.adapted)} tensors in {sum(task.block.purpose == 'factor' for task in made.tasks)} blocks, {'up to ' if made.policy.chooses else ''}rank {made.written_rank}:"
     )
     Console().print(table)
     grouped: dict[str, list[str]] = {}
@@ -107,7 +115,8 @@ def show_plan(prepared: Prepared) -> None:
     line(
         f"read {size(made.nbytes)}, compute {made.flops / 1e12:.2f} TFLOP, {size(made.worker_bytes)} of memory per worker"
     )
-    line(f"write an adapter of {made.adapter_parameters:,} parameters")
+    for text in ranks.plan_lines(prepared):
+        line(text)
     for warning in made.warnings:
         line(f"warning: {warning}")
 
