@@ -9,6 +9,7 @@ from phlora_pipeline import targets
 from phlora_pipeline.manifest import EnergyRow
 from phlora_pipeline.plan import Plan
 from phlora_pipeline.summary import Summary, percent, reasons, size, summarize
+from phlora_pipeline.targets import ServerRules
 
 MOST_NAMES = 40
 
@@ -25,17 +26,12 @@ def model_card(
         dtype: of the adapter.
         sizes: bytes of the weights' file, as it is, and if each pair could be written at its own rank.
     """
-    summary = summarize(rows)
-    front = {
-        "library_name": "diffusers" if targets.server_rules(plan.model_type, plan.dialect).unets_only else "peft",
-        "tags": ["lora", "phlora", "post-hoc"],
-        **({"base_model": base_name, "base_model_relation": "adapter"} if base_name else {}),
-    }
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
-    lines += [
+    summary, rules = summarize(rows), targets.server_rules(plan.model_type, plan.dialect)
+    lines = [
+        *front_matter(base_name, rules),
         f"# LoRA of rank {plan.rank}, extracted from a full fine-tune",
         "",
-        f"Extracted, not trained: the truncated singular value decomposition of W_tuned − W_base, weight by weight (PHLoRA, Vasani et al., 2025), by phlora-pipeline. Base: {_code(base_name) if base_name else 'not named'}; model type {_code(plan.model_type or 'unknown')}; written for `{plan.dialect}` in {dtype}, rank {plan.written_rank}.",
+        f"Extracted, not trained: the truncated singular value decomposition of W_tuned − W_base, weight by weight (PHLoRA, Vasani et al., 2025), by phlora-pipeline. Base: {code(base_name) if base_name else 'not named'}; model type {code(plan.model_type or 'unknown')}; written for `{plan.dialect}` in {dtype}, rank {plan.written_rank}.",
         "",
         *_chosen(plan, rows, sizes),
         "| what | share of the update's energy ‖ΔW‖² |",
@@ -56,7 +52,7 @@ def model_card(
     lines += [
         "## Loading it",
         "",
-        *_loading(plan, summary),
+        *loading(rules, plan.written_rank, own_ranks=plan.per_tensor_ranks, carried=bool(summary.carried)),
         *_new_rows(plan, rows),
     ]
     if plan.tied:
@@ -79,10 +75,26 @@ def _chosen(plan: Plan, rows: Sequence[EnergyRow], sizes: tuple[int, int]) -> li
     return [told, ""]
 
 
-def _loading(plan: Plan, summary: Summary) -> list[str]:
-    """For the servers that the dialect is for, and no others."""
-    rules = targets.server_rules(plan.model_type, plan.dialect)
-    limit = targets.written_rank(plan.written_rank, targets.server_rules(plan.model_type, "vllm").rank_grid)
+def front_matter(base_name: str, rules: ServerRules) -> list[str]:
+    """What hubs read."""
+    front = {
+        "library_name": "diffusers" if rules.unets_only else "peft",
+        "tags": ["lora", "phlora", "post-hoc"],
+        **({"base_model": base_name, "base_model_relation": "adapter"} if base_name else {}),
+    }
+    return ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
+
+
+def loading(rules: ServerRules, rank: int, *, own_ranks: bool, carried: bool) -> list[str]:
+    """For the servers that the dialect is for, and no others.
+
+    Args:
+        rules: of the dialect.
+        rank: as written.
+        own_ranks: whether each module has one of its own.
+        carried: whether anything is kept whole.
+    """
+    limit = targets.written_rank(rank, targets.server_rules(rules.model_type, "vllm").rank_grid)
     told = {
         "PEFT": [
             "```python",
@@ -99,12 +111,12 @@ def _loading(plan: Plan, summary: Summary) -> list[str]:
         "llama.cpp": ["llama.cpp: `convert_lora_to_gguf.py --base BASE THIS_FOLDER`."],
     }
     lines = [line for server in rules.takes for line in told[server]]
-    if plan.per_tensor_ranks and not rules.unets_only:
+    if own_ranks and not rules.unets_only:
         lines += [
             "",
             "Each module has a rank of its own (`rank_pattern`): of the servers, only vLLM from 0.32 on reads that.",
         ]
-    if summary.carried:
+    if carried:
         lines += ["", "PEFT only: vLLM and llama.cpp refuse, and SGLang drops, what is kept whole beside the factors."]
     return [*lines, ""]
 
@@ -127,11 +139,11 @@ def _new_rows(plan: Plan, rows: Sequence[EnergyRow]) -> list[str]:
 
 
 def _left_out(rows: Sequence[EnergyRow], summary: Summary) -> list[str]:
-    failed = [f"- {_code(row.tensor)} failed: {_cell(row.reason)}" for row in rows if row.status == "failed"]
+    failed = [f"- {code(row.tensor)} failed: {_cell(row.reason)}" for row in rows if row.status == "failed"]
     if failed:
         failed = ["**This adapter is partial**; the energies above do not count these tensors:", "", *failed, ""]
     failed += [
-        f"- {_code(name)} could not be compared: {_cell(reason)}" for name, reason in summary.uncompared[:MOST_NAMES]
+        f"- {code(name)} could not be compared: {_cell(reason)}" for name, reason in summary.uncompared[:MOST_NAMES]
     ]
     grouped = reasons(summary)
     if not grouped:
@@ -147,7 +159,7 @@ def _matrices_left_out(rows: Sequence[EnergyRow], summary: Summary) -> list[str]
     out = [(name, share) for name, _, share, _ in summary.left_out if name in matrices]
     if not out:
         return []
-    names = [f"- {_code(name)}: {percent(share, 2)} of ‖ΔW‖²" for name, share in out[:MOST_NAMES]]
+    names = [f"- {code(name)}: {percent(share, 2)} of ‖ΔW‖²" for name, share in out[:MOST_NAMES]]
     more = [f"- and {len(out) - MOST_NAMES} more, in `energy.parquet`"] if len(out) > MOST_NAMES else []
     return ["Matrices among them:", "", *names, *more, ""]
 
@@ -158,5 +170,6 @@ def _cell(text: str) -> str:
     return flat.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
+    """A name from a checkpoint or a flag, as Markdown code."""
     return f"`{_cell(text)}`"

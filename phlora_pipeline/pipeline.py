@@ -191,7 +191,13 @@ def conclude(config: RunConfig, prepared: Prepared, lost: Mapping[str, str], run
 
 def standing(config: RunConfig, prepared: Prepared) -> Concluded | None:
     """The end of an earlier run, where this very adapter stands already."""
-    files = reducer.standing(config.out, prepared.plan, overwrite=config.overwrite)
+    parts = prepared.plan.parts_folder
+    files = reducer.standing(
+        config.out,
+        prepared.plan.version,
+        interrupted=lambda: bool(storage.list_folder(parts)),
+        overwrite=config.overwrite,
+    )
     if files is None:
         return None
     if not config.keep_parts:

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,12 +118,15 @@ def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint,
     )
 
 
-def standing(out: str, plan: Plan, *, overwrite: bool = False) -> frozenset[str] | None:
+def standing(
+    out: str, version: str, *, interrupted: Callable[[], bool], overwrite: bool = False
+) -> frozenset[str] | None:
     """Names of the files of this very adapter that stand in `out` already, whole; None where there is none yet.
 
     Args:
         out: the output folder.
-        plan: of the adapter.
+        version: of the adapter.
+        interrupted: whether files without a config may be of this very adapter, whose publication was interrupted.
         overwrite: whether an adapter, this or another, is to be replaced.
 
     Raises:
@@ -143,14 +146,14 @@ def standing(out: str, plan: Plan, *, overwrite: bool = False) -> frozenset[str]
     if adapter.CONFIG in ours:
         run = run_record(there[RUN]) if RUN in ours else {}
         whole = ours == set(PUBLISHED) and there[adapter.WEIGHTS].size == run.get("weights", {}).get("bytes")
-        if run.get("version") == plan.version and whole:
+        if run.get("version") == version and whole:
             return ours
     elif ours == {MANIFEST}:
         rows = manifest.read(there[MANIFEST].url)
-        if rows and rows[0].version == plan.version:
+        if rows and rows[0].version == version:
             return ours
-    elif storage.list_folder(plan.parts_folder):
-        return None  # this very extraction, interrupted while it published: its files will turn out the same
+    elif interrupted():
+        return None  # the files will turn out the same
     raise ConflictError(
         f"{out} already holds another adapter, a damaged one, or files of the same names: {', '.join(sorted(ours))}",
         remedy="choose another output folder, or pass --overwrite to replace an adapter",
@@ -183,6 +186,28 @@ def publish(
         ConflictError: another file stands where one of these should go.
     """
     header, tensors = weights(reduction)
+    size = reduction.file_bytes
+    commit(out, header, tensors, size, reduction.rows, config=config, card=card, run=run, model=model, base=base)
+
+
+def commit(
+    out: str,
+    header: bytes,
+    tensors: parts.Body,
+    size: int,
+    rows: Sequence[EnergyRow],
+    *,
+    config: dict[str, object],
+    card: str,
+    run: dict[str, object],
+    model: str,
+    base: str,
+) -> None:
+    """The same of any weights: a safetensors header, a producer of what follows it, and the size of both.
+
+    Raises:
+        ConflictError: another file stands where one of these should go.
+    """
     digest = hashlib.sha256()
 
     def body() -> Iterator[bytes]:
@@ -192,10 +217,9 @@ def publish(
             digest.update(chunk)
             yield chunk
 
-    size = reduction.file_bytes
     _put(out, adapter.WEIGHTS, storage.put_new(storage.join(out, adapter.WEIGHTS), body, size=size))
     put = storage.stat(storage.join(out, adapter.WEIGHTS))
-    publish_manifest(out, reduction.rows, model=model, base=base)
+    publish_manifest(out, rows, model=model, base=base)
     run = {**run, "weights": {"bytes": size, "sha256": digest.hexdigest()}}
     for name, text in ((CARD, card), (RUN, _json(run))):
         _put(out, name, storage.put_new(storage.join(out, name), text.encode()))

@@ -13,7 +13,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from jobs.bench import adapters, end_to_end, figures, kernels, limit, measure, pairs, peers, results, table, truth
+from jobs.bench import (
+    adapters,
+    compressing,
+    end_to_end,
+    figures,
+    kernels,
+    limit,
+    measure,
+    pairs,
+    peers,
+    results,
+    table,
+    truth,
+)
 from jobs.bench.measure import BenchError, Cost
 from jobs.bench.settings import QUICK
 
@@ -366,7 +379,17 @@ def test_the_quick_benchmark_runs_as_a_process_and_fills_the_readme(tmp_path: Pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = results.read(tmp_path / "b.json")
-    assert set(found) == {"kernels", "end-to-end", "limit", "scaling", "ranges", "planning", "dispatch", "night"}
+    assert set(found) == {
+        "kernels",
+        "end-to-end",
+        "compress",
+        "limit",
+        "scaling",
+        "ranges",
+        "planning",
+        "dispatch",
+        "night",
+    }
     assert set(found["kernels"]) == {f"{d}x{k}" for d, k in QUICK.shapes}
     for shape in found["kernels"].values():
         assert {row["rank"] for row in shape["rows"]} == set(QUICK.ranks)
@@ -377,9 +400,23 @@ def test_the_quick_benchmark_runs_as_a_process_and_fills_the_readme(tmp_path: Pa
     assert readme.read_text().endswith("after\n")
 
 
+def test_compressing_is_timed_beside_the_full_svd_and_loses_nothing(tmp_path: Path) -> None:
+    A, B = compressing.factors(40, 30, 8)
+    wanted = torch.arange(1, 9).double() ** -compressing.DECAY
+    assert torch.allclose(torch.linalg.svdvals((B @ A).double())[:8], wanted, rtol=1e-4)
+    assert not torch.allclose(A @ A.mT, torch.diag(torch.diag(A @ A.mT)), atol=1e-2)
+    row = compressing.measured(40, 30, 8, 3)
+    assert abs(row["loss"]) < 1e-6
+    assert row["captured"] == pytest.approx(float(wanted[:3].square().sum() / wanted.square().sum()), abs=1e-4)
+    assert row["faster"] == row["svd"]["seconds"] / row["ours"]["seconds"] > 0
+    shown = table.rendered({"compress": {"40x30 8→3": {**row, **WHEN, "faster": 61.7}}})
+    assert "| 40×30 | 8→3 | " in shown
+    assert "| 62× | " in shown
+
+
 def test_an_unknown_section_is_refused() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "jobs.bench", "--only", "speed"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert "unknown: speed; known: kernels, end-to-end, limit, scaling" in done.stderr
+    assert "unknown: speed; known: kernels, end-to-end, compress, limit, scaling" in done.stderr

@@ -61,6 +61,7 @@ LAYERS = [
         "logits",
         "convert",
         "calibrate",
+        "compress",
     },
     {"prepare", "pipeline", "several", "zoo", "submit", "doctor"},
     {"cli", "console", "render", "__main__"},
@@ -84,7 +85,7 @@ HOMES = {
 
 
 NUMERICS = [
-    "delta", "noise", "operator", "panels", "krylov", "ritz", "full", "certificate", "checks", "energy", "routes", "solve", "decompose",
+    "delta", "noise", "operator", "panels", "krylov", "ritz", "compress", "full", "certificate", "checks", "energy", "routes", "solve", "decompose",
 ]  # fmt: skip
 
 

@@ -246,6 +246,21 @@ class TestWhatStandsThere:
         assert merged(base, out=tmp_path / "out", overwrite=True).outcome == "committed"
         assert contents(tmp_path / "out") == contents(base)
 
+    def test_a_record_is_no_leave_to_delete_elsewhere(self, base: Path, tmp_path: Path) -> None:
+        (tmp_path / "mine.txt").write_text("mine")
+        merged(base, out=tmp_path / "out", dtype="float32")
+        record = json.loads((tmp_path / "out" / "merge.json").read_text())
+        record["files"] |= {"../mine.txt": 4, str(tmp_path / "mine.txt"): 4}
+        (tmp_path / "out" / "merge.json").write_text(json.dumps(record))
+        merged(base, out=tmp_path / "out", overwrite=True)
+        assert (tmp_path / "mine.txt").read_text() == "mine"
+
+    def test_what_others_put_there_stays(self, base: Path, tmp_path: Path) -> None:
+        merged(base, out=tmp_path / "out", dtype="float32")
+        (tmp_path / "out" / "notes.txt").write_text("mine")
+        merged(base, out=tmp_path / "out", overwrite=True)
+        assert contents(tmp_path / "out") == {**contents(base), "notes.txt": b"mine"}
+
     def test_a_replaced_base_is_another_merge(self, base: Path, tmp_path: Path) -> None:
         merged(base, out=tmp_path / "out")
         shard = base / "model-00001-of-00003.safetensors"
@@ -314,7 +329,7 @@ def test_a_base_behind_fsspec(base: Path, tmp_path: Path) -> None:
     for name, data in contents(base).items():
         memory.pipe(f"/bases/one/{name}", data)
     try:
-        merge("memory://bases/one", [], str(tmp_path / "out"), observer=Watcher())
+        merge("memory://bases/one", [], str(tmp_path / "out"))
     finally:
         memory.rm("/bases", recursive=True)
     assert contents(tmp_path / "out") == contents(base)

@@ -1,6 +1,6 @@
 """The benchmark, `python -m jobs.bench`: it measures, saves every row as soon as it is there, and shows tables.
 
-Kernels (6a), whole processes beside mergekit (6b), the distance to what the machine allows (6c), and how cost grows (6d); of a
+Kernels (6a), an adapter at a smaller rank, whole processes beside mergekit (6b), the distance to what the machine allows (6c), and how cost grows (6d); of a
 zoo, planning, the driver's own cost, and the tail of a night on simulated workers. It judges nothing. Exit codes: 0 measured · 2 something that is to be measured does not run; what was measured before is saved.
 """
 
@@ -13,13 +13,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from . import dispatching, end_to_end, kernels, limit, night, planning, ranges, results, scaling, table
+from . import compressing, dispatching, end_to_end, kernels, limit, night, planning, ranges, results, scaling, table
 from .measure import BenchError
 from .settings import FULL, QUICK, Bench, Sizes
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "kernels": kernels.run,
     "end-to-end": end_to_end.run,
+    "compress": compressing.run,
     "limit": limit.run,
     "scaling": scaling.run,
     "ranges": ranges.run,

@@ -27,6 +27,7 @@ class Sizes:
         zoo: models that are planned.
         calls: tasks that do nothing, which are dispatched.
         ranges: of 8 MiB, which are read from a paced server.
+        adapters: that are compressed: d, k, rank before and after.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -48,6 +49,7 @@ class Sizes:
     zoo: int
     calls: int
     ranges: int
+    adapters: tuple[tuple[int, int, int, int], ...]
 
 
 FULL = Sizes(
@@ -57,6 +59,7 @@ FULL = Sizes(
     hidden=2048, inner=5632, vocab=32000, layers=4, rank=32, large_rank=512,
     growth_ranks=(8, 16, 32, 64, 128), growth_layers=(1, 2, 4, 8), growth_tunes=(1, 2, 4), runs=5,
     nights=("40 × 8B", "10 × 70B", "4 × 235B", "all 54"), solvers=("auto", "exact"), gpus=(8, 64, 512), zoo=2000, calls=20_000, ranges=64,
+    adapters=((4096, 4096, 128, 32), (1024, 4096, 64, 16)),
 )  # fmt: skip
 QUICK = Sizes(
     shapes=((96, 96), (48, 128)),
@@ -64,7 +67,7 @@ QUICK = Sizes(
     spectra=("power-0.4", "rank-16"),
     hidden=64, inner=176, vocab=256, layers=2, rank=16, large_rank=32,
     growth_ranks=(8,), growth_layers=(1,), growth_tunes=(2,), runs=1,
-    nights=("10 × 70B",), solvers=("auto",), gpus=(8,), zoo=10, calls=400, ranges=4,
+    nights=("10 × 70B",), solvers=("auto",), gpus=(8,), zoo=10, calls=400, ranges=4, adapters=((96, 64, 16, 4),),
 )  # fmt: skip
 """Shows in a minute that everything runs; its figures mean nothing."""
 

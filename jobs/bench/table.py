@@ -41,6 +41,7 @@ def rendered(results: dict[str, Any]) -> str:
         ("limit", _limit),
         ("scaling", _scaling),
         ("kernels", _kernels),
+        ("compress", _compress),
         ("ranges", zoo_table.ranges),
         ("planning", zoo_table.planning),
         ("dispatch", zoo_table.dispatch),
@@ -229,6 +230,25 @@ def _peers(shape: str, rank: int, found: Row) -> Iterator[list[str]]:
                 share(row["captured"]),
                 of_optimal(row["captured_to_optimal"]),
             ]
+
+
+def _compress(rows: dict[str, Row]) -> list[str]:
+    headers = [
+        "shape",
+        "rank",
+        "`torch.linalg.svd` of B·A",
+        "ours, from the factors",
+        "",
+        "captured",
+        "less than optimal by",
+    ]
+    body = []
+    for name, row in rows.items():
+        shape, _, ranks = name.replace("x", "×").partition(" ")
+        body.append([
+            shape, ranks, seconds(row["svd"]["seconds"]), seconds(row["ours"]["seconds"]), factor(row["faster"]), share(row["captured"]), tiny(max(row["loss"], 0.0)),
+        ])  # fmt: skip
+    return ["**Compressing a LoRA**: the best factors of a smaller rank", lines(headers, body)]
 
 
 def _listed(notes: Sequence[str]) -> str:

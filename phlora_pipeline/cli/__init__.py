@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from phlora_pipeline import __version__, render
-from phlora_pipeline.cli import doctor, extraction, merging, zoo
+from phlora_pipeline.cli import compress, doctor, extraction, merging, zoo
 from phlora_pipeline.cli.loading import loading as _loading
 from phlora_pipeline.errors import PhloraError
 
@@ -41,7 +41,7 @@ for _panel, _commands in {
     _ZOO: (
         zoo.init, doctor.doctor, zoo.run, zoo.submit, zoo.status, zoo.explain, zoo.retry, zoo.rollback, zoo.pull, zoo.gc,
     ),
-    _MORE: (extraction.convert, merging.merge, extraction.calibrate),
+    _MORE: (compress.compress, merging.merge, extraction.convert, extraction.calibrate),
 }.items():  # fmt: skip
     for _command in _commands:
         app.command(rich_help_panel=_panel)(_command)

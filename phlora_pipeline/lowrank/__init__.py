@@ -6,9 +6,10 @@ Dimensions: `b` tensors of one shape in a batch, `d` rows (outputs) and `k` colu
 
 From below: `delta` forms ΔW, `noise` says what of it is rounding; `operator` gives products with it; `panels`, `krylov` and `ritz` find a subspace and its
 triplets, `full` decomposes all of it; `certificate` and `checks` say how good that is; `routes` which way is taken, `solve`
-what is done where it does not do, `decompose` in the memory that there is.
+what is done where it does not do, `decompose` in the memory that there is. `compress` is for an update that is factors already.
 """
 
+from phlora_pipeline.lowrank.compress import Compact, compact
 from phlora_pipeline.lowrank.decompose import (
     BESIDE_ENTRIES,
     Outcome,
@@ -28,6 +29,7 @@ __all__ = [
     "CHUNK",
     "PROFILES",
     "SOLVERS",
+    "Compact",
     "Factors",
     "Noise",
     "Outcome",
@@ -37,6 +39,7 @@ __all__ = [
     "Solver",
     "Workspace",
     "below_precision",
+    "compact",
     "decompose",
     "exact_flops",
     "first_nonfinite",

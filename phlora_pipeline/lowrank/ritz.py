@@ -90,3 +90,10 @@ def _triplets(V: Tensor, VD: Tensor, M: Tensor) -> Triplets:
     short = product((inverse.unsqueeze(-1) * W.mT).float(), VD)
     long = product((torch.where(kept, root, 0).unsqueeze(-1) * W.mT).float(), V)
     return Triplets(short, long, energies.cpu())
+
+
+def signs_fixed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """B (…, d, q) and A (…, q, k) of rows √σ·u and √σ·v; the largest entry of each column of U positive: the same ΔW, the same bytes."""
+    largest = left.abs().argmax(dim=-1, keepdim=True)  # (q, 1)
+    signs = torch.where(left.gather(-1, largest) < 0, -1.0, 1.0)
+    return (left * signs).mT.contiguous(), right * signs

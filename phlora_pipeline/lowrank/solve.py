@@ -20,7 +20,7 @@ from phlora_pipeline.lowrank.delta import to_host
 from phlora_pipeline.lowrank.krylov import KrylovBasis
 from phlora_pipeline.lowrank.operator import Operator
 from phlora_pipeline.lowrank.panels import gaussian
-from phlora_pipeline.lowrank.ritz import Triplets, refine
+from phlora_pipeline.lowrank.ritz import Triplets, refine, signs_fixed
 from phlora_pipeline.lowrank.routes import CHECK_ROWS, Profile, Round, Solver, planned
 
 _FLAT = 6.0
@@ -222,7 +222,7 @@ class _Ladder:
                 continue
             short, long = cut.short[row, :rank], cut.long[row, :rank]
             left, right = (long, short) if self._op.turned else (short, long)
-            B, A = _signs_fixed(left, right)
+            B, A = signs_fixed(left, right)
             self._done[index] = Factors(
                 A=A,
                 B=B,
@@ -252,10 +252,3 @@ class _Ladder:
 
     def _failure(self, index: int) -> str:
         return "no solver gave a factorisation that stands its checks: " + "; ".join(self._notes[index])
-
-
-def _signs_fixed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """B (d, q) and A (q, k) of rows √σ·u and √σ·v; the largest entry of each column of U positive: the same ΔW, the same bytes."""
-    largest = left.abs().argmax(dim=-1, keepdim=True)  # (q, 1)
-    signs = torch.where(left.gather(-1, largest) < 0, -1.0, 1.0)
-    return (left * signs).mT.contiguous(), right * signs

@@ -41,6 +41,19 @@ class Observer(Protocol):
         """Something that the user should know, in one line."""
 
 
+class _Silent:
+    """Told, and tells nobody; what it is warned of is in the result."""
+
+    def planned(self, shards: int, nbytes: int) -> None:
+        """Nothing."""
+
+    def wrote(self, nbytes: int) -> None:
+        """Nothing."""
+
+    def warn(self, text: str) -> None:
+        """Nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """What will be written, and what of it stands already.
@@ -93,18 +106,18 @@ class MergeResult:
 
 def merge(
     base: str,
-    adapters: Sequence[tuple[str, float]],
+    adapters: Sequence[str | tuple[str, float]],
     out: str,
     *,
     dtype: Dtype = "base",
     overwrite: bool = False,
-    observer: Observer,
+    observer: Observer | None = None,
 ) -> MergeResult:
     """Add adapters to a checkpoint, and write what comes out as another one, with the base's shards and their names.
 
     Args:
         base: the checkpoint that they are for.
-        adapters: each with its weight; 1 is as it was trained or extracted.
+        adapters: each alone or with its weight; 1 is as it was trained or extracted.
         out: a folder that is empty or absent, or holds this very merge, interrupted.
         dtype: of all floating-point tensors; `base`: each as it is there.
         overwrite: whether another merge may be replaced.
@@ -115,7 +128,9 @@ def merge(
         SourceChangedError: the base or an adapter was replaced meanwhile; what is written so far cannot be loaded.
     """
     out = storage.normalize(out)
-    loras = [Weighted(lora.open_adapter(url), weight) for url, weight in adapters]
+    observer = observer or _Silent()
+    weighted = [(each, 1.0) if isinstance(each, str) else each for each in adapters]
+    loras = [Weighted(lora.open_adapter(url), weight) for url, weight in weighted]
     prepared = prepare(base, loras, out, dtype=dtype, overwrite=overwrite)
     todo = [file for file in prepared.files if file.name not in prepared.done]
     if todo:

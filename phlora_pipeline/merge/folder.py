@@ -100,8 +100,10 @@ def record(out: str) -> dict[str, Any]:
 
 def remove(out: str) -> None:
     """Take away a merge, where there is one: `config.json` first and its record last, so that what is left is never whole."""
-    names = record(out).get("files", {})
-    for name in (CONFIG, INDEX, *sorted(names.keys() - {CONFIG, INDEX}), RECORD):
+    # Only what lies there: a record that names files elsewhere is nobody's leave to delete them.
+    there = {info.url.removeprefix(f"{out}/") for info in storage.list_tree(out)}
+    named = there & {CONFIG, *record(out).get("files", {})} if RECORD in there else set()
+    for name in (*sorted(named, key=lambda name: (name != CONFIG, name != INDEX)), *({RECORD} & there)):
         storage.delete(storage.join(out, name))
 
 

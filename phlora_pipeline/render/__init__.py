@@ -1,5 +1,6 @@
 """Results in words and tables, or as one JSON object, on stdout."""
 
+from phlora_pipeline.render.compress import show_compression
 from phlora_pipeline.render.doctor import finding_record, show_finding
 from phlora_pipeline.render.extraction import plan_record, show_plan, show_profile, show_result, show_verification
 from phlora_pipeline.render.merging import show_merge
@@ -21,6 +22,7 @@ __all__ = [
     "night_record",
     "plan_record",
     "printable",
+    "show_compression",
     "show_error",
     "show_explanation",
     "show_finding",

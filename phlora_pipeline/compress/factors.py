@@ -1,0 +1,96 @@
+"""Every pair of an adapter as the singular value decomposition of its update, as far as it may be kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phlora_pipeline import adapter, lowrank
+from phlora_pipeline.errors import RequestError
+from phlora_pipeline.lora import Adapter, LoraModule
+
+BATCH_BYTES = 128 << 20
+"""Of factors in float32 that are decomposed at once."""
+
+Sigma = tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Compact:
+    """One module's update by its singular values.
+
+    Attributes:
+        module: where it comes from.
+        A: (experts, q, k) float32, √ΣVᵀ; cut to what may be kept.
+        B: (experts, d, q) float32, U√Σ.
+        singular_values: all of them, descending; of a stack the roots of the sums of its experts' squares.
+        delta_sq: ‖scale·B·A‖_F², over all experts.
+    """
+
+    module: LoraModule
+    A: Tensor
+    B: Tensor
+    singular_values: Sigma
+    delta_sq: float
+
+
+def decomposed(lora: Adapter, most: Callable[[LoraModule, Sigma], int], device: torch.device) -> dict[str, Compact]:
+    """All of an adapter's modules, those of one shape together.
+
+    Args:
+        lora: whose.
+        most: rank that is kept of a module with these singular values.
+        device: where.
+
+    Raises:
+        CheckpointError: an entry of a factor is NaN or infinite.
+    """
+    found: dict[str, Compact] = {}
+    for modules in _batches(lora.modules.values()):
+        factors = [module.factors() for module in modules]
+        A, B = (
+            torch.cat(sides).to(device) for sides in zip(*factors, strict=True)
+        )  # (b·experts, r, k), (b·experts, d, r)
+        whole = lowrank.compact(A, B, modules[0].scale)
+        count = modules[0].experts
+        for number, module in enumerate(modules):
+            own = slice(number * count, (number + 1) * count)
+            squares = whole.singular_values[own].square().sum(dim=0).tolist()
+            sigma = tuple(math.sqrt(square) for square in squares)
+            kept = most(module, sigma)
+            # Copies, so that what is cut off does not stay in memory.
+            cut = [side.cpu().clone() for side in (whole.A[own, :kept], whole.B[own, :, :kept])]
+            found[module.name] = Compact(module, cut[0], cut[1], sigma, math.fsum(squares))
+    return found
+
+
+def written_energy(compact: Compact, rank: int, dtype: torch.dtype) -> float | None:
+    """1 − ‖ΔW − B̂·Â‖²/‖ΔW‖² of the factors cut to `rank` and rounded; None of a zero pair.
+
+    Raises:
+        RequestError: they overflow the dtype.
+    """
+    lost = math.fsum(value * value for value in compact.singular_values[rank:])
+    for A, B in zip(compact.A[:, :rank], compact.B[..., :rank], strict=True):
+        A_written, B_written = adapter.round_factor(A, dtype), adapter.round_factor(B, dtype)
+        if not (A_written.isfinite().all() and B_written.isfinite().all()):
+            raise RequestError(
+                f"the factors of {compact.module.name} overflow {str(dtype).removeprefix('torch.')}",
+                remedy="use --dtype bfloat16 or --dtype float32",
+            )
+        lost += lowrank.rounding_error_sq(A, B, A_written, B_written)
+    return 1 - lost / compact.delta_sq if compact.delta_sq else None
+
+
+def _batches(modules: Iterable[LoraModule]) -> Iterator[list[LoraModule]]:
+    groups: dict[tuple[object, ...], list[LoraModule]] = {}
+    for module in modules:
+        key = (module.experts, module.rank, module.inputs, module.outputs, module.scale)
+        groups.setdefault(key, []).append(module)
+    for group in groups.values():
+        count = max(1, BATCH_BYTES // (4 * group[0].numel))
+        yield from (group[start : start + count] for start in range(0, len(group), count))
