@@ -390,6 +390,11 @@ def _cluster(ray: Any) -> Iterator[None]:
         with _own_signals():
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # Ray has no type of its own for it, and says it in many
+        if "Version mismatch" in str(error):
+            raise DeviceError(
+                f"the Ray at {address} cannot be joined: {words(error)}",
+                remedy="use the same version of Ray and Python here and there: rayVersion, the image, this environment",
+            ) from error
         raise DeviceError(
             f"there is no Ray at {address or 'this machine'}: {words(error)}",
             remedy="check RAY_ADDRESS, or use --engine local",

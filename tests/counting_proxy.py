@@ -14,13 +14,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
-Fault = Literal["expired", "busy", "lost", "refuse", "hang"]
-"""`expired`: the credentials are. `busy`: 503. `lost`: the server does as it is told, and its answer does not arrive.
+Fault = Literal["expired", "skewed", "busy", "lost", "refuse", "hang"]
+"""`expired`: the credentials are. `skewed`: the client's clock is. `busy`: 503. `lost`: the server does as it is told, and its answer does not arrive.
 `refuse`: the connection is cut. `hang`: nothing comes for as long as the proxy lives."""
 
 Headers = list[tuple[str, str]]
 
-_CODES = {"expired": (403, "ExpiredToken"), "busy": (503, "SlowDown")}
+_CODES = {"expired": (403, "ExpiredToken"), "skewed": (403, "RequestTimeTooSkewed"), "busy": (503, "SlowDown")}
 _HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "content-length"}
 
 

@@ -49,7 +49,7 @@ def panel_queries() -> list[tuple[str, str]]:
 
 @dataclass
 class Prometheus:
-    """One that scrapes every half second."""
+    """One that scrapes every second."""
 
     url: str
     log: Path
@@ -88,7 +88,7 @@ def running_prometheus(folder: Path, targets: Mapping[str, str]) -> Iterator[Pro
     """With the project's alerts; `targets`: job → host and port."""
     program = required("prometheus")
     config = {
-        "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"},
+        "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "500ms"},
         "rule_files": [str(RULES)],
         "scrape_configs": [{"job_name": job, "static_configs": [{"targets": [place]}]} for job, place in targets.items()],
     }  # fmt: skip

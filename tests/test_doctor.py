@@ -158,6 +158,11 @@ def cut_short(patient: Patient) -> None:
     patient.s3.put("bases/b/model-00001-of-00002.safetensors", whole[:-100])
 
 
+def with_profile(patient: Patient, name: str) -> None:
+    patient.monkeypatch.setenv("AWS_PROFILE", name)
+    patient.s3.forget()
+
+
 def without_credentials(patient: Patient) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         patient.monkeypatch.delenv(name)
@@ -196,7 +201,11 @@ FAULTS: dict[str, tuple[Callable[[Patient], object], str, int, str, str]] = {
     "an unknown access key": (
         lambda it: it.s3.use(("nobody", "wrong"), endpoint=it.proxy.endpoint), "output: list", 11, "InvalidAccessKeyId", "credentials",
     ),
-    "no credentials": (without_credentials, "output: list", 11, "Unable to locate credentials", "AWS_PROFILE"),
+    "a profile that is not there": (lambda it: with_profile(it, "nobody"), "credentials", 11, "profile.*nobody.* could not be found", "AWS_PROFILE"),
+    "a clock that S3 takes for a replay": (
+        lambda it: setattr(it.proxy, "fault", lambda _: "skewed"), "output: list", 11, "RequestTimeTooSkewed", "NTP",
+    ),
+    "no credentials": (without_credentials, "credentials", 11, "Unable to locate credentials", "AWS_PROFILE"),
     "expired credentials": (
         lambda it: setattr(it.proxy, "fault", lambda _: "expired"), "output: list", 11, "ExpiredToken", "credentials",
     ),

@@ -34,22 +34,28 @@ ROOM = 1 << 30
 """Free bytes below which an output counts as full: two adapters of an 8B model."""
 
 _NO_ANSWER = {CredentialsError.exit_code, StorageError.exit_code}
-_BECAUSE = "because of output: list"
+_BECAUSE = "because of the output, which is in the same store"
 _WHY_ONCE = "two nights that overlap could overwrite each other's adapters"
 
 
 def of_storage(config: ZooConfig) -> Iterator[Finding]:
     """All places of a zoo."""
-    listing = examined("output: list", lambda: _listed(config.output))
-    yield listing
-    yield from _of_output(config.output, listing)
-    shut = _root(config.output) if listing.exit_code in _NO_ANSWER else ""
+    wrong = examined("credentials", lambda: storage.identity(config.output))
+    if wrong.told:
+        yield wrong
+    if wrong.state == "wrong":
+        yield skipped("output: list", f"because of {wrong.check}")
+    else:
+        wrong = examined("output: list", lambda: _listed(config.output))
+        yield wrong
+    yield from _of_output(config.output, wrong)
+    shut = _root(config.output) if wrong.exit_code in _NO_ANSWER else ""
     yield from _of_bases(config, shut)
     yield from _of_models(config, shut)
 
 
-def _of_output(out: str, listing: Finding) -> Iterator[Finding]:
-    """Whether a night could write there. Writes three small objects under `_parts/doctor/`, and removes them."""
+def _of_output(out: str, wrong: Finding) -> Iterator[Finding]:
+    """Whether a night could write there, unless something is wrong already. Writes three small objects under `_parts/doctor/`, and removes them."""
     folder = storage.join(out, layout.PARTS, PROBES, secrets.token_hex(16))
     looks = {
         "output: create once": lambda: _once(storage.join(folder, "once"), in_parts=False),
@@ -59,7 +65,7 @@ def _of_output(out: str, listing: Finding) -> Iterator[Finding]:
         "output: room": lambda: _room(out),
         "clock": lambda: _clock(out),
     }
-    wrong = listing
+    listed = wrong.state != "wrong"
     for check, look in looks.items():
         # Who is not let in, or gets no answer, is told so once and not nine times.
         if wrong.state == "wrong":
@@ -69,7 +75,7 @@ def _of_output(out: str, listing: Finding) -> Iterator[Finding]:
         yield found
         if found.exit_code in _NO_ANSWER and check != "clock":
             wrong = found
-    if wrong.state == "wrong" and wrong is not listing:
+    if listed and wrong.state == "wrong":
         _tidied(folder)
 
 

@@ -107,6 +107,9 @@ class Store(Protocol):
     def clock(self, url: str) -> float:
         """What time it is by the clock that dates the objects, in seconds since the epoch."""
 
+    def identity(self, url: str) -> str:
+        """In whose name requests are made, and how that was found out; empty where nobody is asked."""
+
     def require_writable(self, url: str) -> None:
         """Raise where a write under `url` is known to be impossible, as far as can be told without writing."""
 

@@ -118,6 +118,9 @@ class FsspecStore:
     def drop_empty_folder(self, url: str) -> None:
         raise self._read_only(url)
 
+    def identity(self, url: str) -> str:
+        return ""
+
     def require_writable(self, url: str) -> None:
         raise self._read_only(url)
 

@@ -130,6 +130,9 @@ class LocalStore:
         with contextlib.suppress(OSError):
             os.rmdir(url)
 
+    def identity(self, url: str) -> str:
+        return ""
+
     def require_writable(self, url: str) -> None:
         existing = _existing_parent(url)
         if not os.path.isdir(existing):

@@ -18,7 +18,7 @@ import boto3
 import s3fs
 from botocore import UNSIGNED
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
 from phlora_pipeline.errors import NotFoundError, SourceChangedError, StorageError
 from phlora_pipeline.storage import s3_listing
@@ -160,6 +160,20 @@ class S3Store:
     def drop_empty_folder(self, url: str) -> None:
         """Prefixes vanish with their last object."""
 
+    def identity(self, url: str) -> str:
+        if self._fs.anon or self._fs.key:
+            return "nobody" if self._fs.anon else f"a key of fsspec's settings, …{str(self._fs.key)[-4:]}"
+
+        def attempt() -> str:
+            with errors(url):
+                found = self._session().get_credentials()
+                if found is None:
+                    raise NoCredentialsError
+                # A role is taken on here, and not before.
+                return f"found by {found.method}, key …{found.get_frozen_credentials().access_key[-4:]}"
+
+        return run(url, attempt)
+
     def require_writable(self, url: str) -> None:
         """Nothing can be told without writing; the run's first write, a few bytes, comes before its first read."""
 
@@ -175,10 +189,12 @@ class S3Store:
                     "endpoint_url": fs.endpoint_url, "aws_access_key_id": fs.key, "aws_secret_access_key": fs.secret,
                     "aws_session_token": fs.token, "use_ssl": fs.use_ssl,
                 }  # fmt: skip
-                session = boto3.session.Session(profile_name=fs.kwargs.get("profile"))
                 settings = {**_CONFIG, "signature_version": UNSIGNED} if fs.anon else _CONFIG
-                self._client = session.client("s3", config=Config(**settings), **{**given, **fs.client_kwargs})
+                self._client = self._session().client("s3", config=Config(**settings), **{**given, **fs.client_kwargs})
             return self._client
+
+    def _session(self) -> Any:
+        return boto3.session.Session(profile_name=self._fs.kwargs.get("profile"))
 
     def _put_single(self, url: str, chunks: Chunks) -> bool:
         bucket, key = bucket_and_key(url)

@@ -182,6 +182,11 @@ def drop_empty_folder(url: str) -> None:
     _store_of(url).drop_empty_folder(url)
 
 
+def identity(url: str) -> str:
+    """In whose name requests to a store are made, and how that was found out; empty where nobody is asked."""
+    return _store_of(url).identity(url)
+
+
 def require_writable(url: str) -> None:
     """Raise where a write under `url` is known to be impossible, as far as can be told without writing."""
     _store_of(url).require_writable(url)
