@@ -33,13 +33,6 @@ RUN --mount=type=cache,target=/root/.cache \
     mkdir /package && cp -a --parents bin/phlora lib/python3*/site-packages/phlora_pipeline* /package/
 
 FROM ${BASE}
-ARG VERSION=0.1.0
-ARG REVISION=
-LABEL org.opencontainers.image.title="phlora-pipeline" \
-      org.opencontainers.image.description="Full-rank fine-tunes to LoRA adapters, for whole zoos, on Ray" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
 RUN useradd --uid 1000 --user-group --no-create-home --home-dir /tmp --shell /bin/bash phlora
 # /tmp is the only place that is written to: Ray's sessions, and whatever looks for a home.
 ENV PATH=/opt/phlora/bin:/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin \
@@ -51,4 +44,12 @@ COPY --from=package /package /opt/phlora
 WORKDIR /app
 COPY jobs/__init__.py jobs/nightly.py jobs/kuberay.py jobs/
 USER 1000:1000
+# Last: what differs with every commit makes no layer anew.
+ARG VERSION=0.1.0
+ARG REVISION=
+LABEL org.opencontainers.image.title="phlora-pipeline" \
+      org.opencontainers.image.description="Full-rank fine-tunes to LoRA adapters, for whole zoos, on Ray" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
 CMD ["phlora", "--help"]

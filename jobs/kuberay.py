@@ -112,11 +112,10 @@ class Api:
             return found
 
 
-def night(pattern: Mapping[str, Any], name: str) -> dict[str, Any]:
+def night(pattern: Mapping[str, Any], name: str, job: str) -> dict[str, Any]:
     """The RayJob of one night: the pattern's copy, not suspended, that goes when the Job goes which it belongs to."""
-    job, uid = os.environ["JOB_NAME"], os.environ.get("JOB_UID")
-    metadata = {"name": name, "labels": {**pattern["metadata"].get("labels", {}), "phlora/night": job}}
-    if uid:
+    metadata: dict[str, Any] = {"name": name, "labels": {**pattern["metadata"].get("labels", {}), "phlora/night": job}}
+    if uid := os.environ.get("JOB_UID"):
         metadata["ownerReferences"] = [{"apiVersion": "batch/v1", "kind": "Job", "name": job, "uid": uid}]
     return {
         "apiVersion": pattern["apiVersion"],
@@ -173,7 +172,11 @@ def _message(error: urllib.error.HTTPError) -> str:
 
 def main(pattern_name: str) -> int:
     """See to one night, and tell its exit code."""
-    api, job = Api(), os.environ["JOB_NAME"]
+    api, job = Api(), os.environ.get("JOB_NAME", "")
+    if not job:
+        raise RequestError(
+            "JOB_NAME is not set", remedy="give the night a name of its own by it; the CronJob takes its Job's"
+        )
     pattern = api.get(pattern_name)
     if pattern is None:
         raise NotFoundError(
@@ -183,7 +186,7 @@ def main(pattern_name: str) -> int:
     for number in range(1, TRIES + 1):
         # Not the Job's own name: KubeRay calls the Job that submits by the RayJob's.
         name = f"{job}-{number}"
-        if api.get(name) is None and api.create(night(pattern, name)) is not None:
+        if api.get(name) is None and api.create(night(pattern, name, job)) is not None:
             print(f"{name} created")
         code = follow(api, name)
         if code not in AGAIN:
