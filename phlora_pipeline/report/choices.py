@@ -155,5 +155,3 @@ def _best(tensors: Sequence[_Tensor], element_bytes: int) -> tuple[tuple[int, fl
         if number % every == 0 or number == len(items):
             line.append((nbytes, min(kept / total, 1.0)))
     return tuple(line)
-
-

@@ -24,6 +24,7 @@ class EnergyCurve:
         lower, upper: quartiles over the tensors.
         total: of the update as a whole: Σ E_r·‖ΔW‖² / Σ ‖ΔW‖².
         tensors: how many there are.
+        least_ranks, least: beyond `ranks`, where some spectra were cut: the mean if these keep no more than is known of them.
     """
 
     ranks: tuple[int, ...] = ()
@@ -32,6 +33,8 @@ class EnergyCurve:
     upper: tuple[float, ...] = ()
     total: tuple[float, ...] = ()
     tensors: int = 0
+    least_ranks: tuple[int, ...] = ()
+    least: tuple[float, ...] = ()
 
     def at(self, rank: int) -> float | None:
         """The mean at a rank; None where it is not known."""
@@ -78,10 +81,15 @@ def energy_curve(rows: Sequence[EnergyRow], ranks: Sequence[int] = ()) -> Energy
     """
     used = factored(rows)
     most = known_to(used)
-    wanted = sorted({rank for rank in ranks or (*RANKS, most) if 1 <= rank <= most})
+    longest = max((len(row.singular_values or ()) for row in used), default=0)
+    asked = ranks or (*RANKS, most, longest)
+    wanted = sorted({rank for rank in asked if 1 <= rank <= most})
+    beyond = tuple(sorted({rank for rank in asked if most < rank <= longest}))
+    kept = [shares(row) for row in used]
+    least = tuple(statistics.fmean(at(each, rank) for each in kept) for rank in beyond)
     if not wanted:
-        return EnergyCurve(tensors=len(used))
-    table = [[at(each, rank) for rank in wanted] for each in map(shares, used)]
+        return EnergyCurve(tensors=len(used), least_ranks=beyond, least=least)
+    table = [[at(each, rank) for rank in wanted] for each in kept]
     weights = [(row.delta_norm or 0.0) ** 2 for row in used]
     columns = list(zip(*table, strict=True))
     bands = [_quartiles(column) for column in columns]
@@ -92,6 +100,8 @@ def energy_curve(rows: Sequence[EnergyRow], ranks: Sequence[int] = ()) -> Energy
         tuple(high for _, high in bands),
         tuple(_weighted(column, weights) for column in columns),
         len(used),
+        beyond,
+        least,
     )
 
 

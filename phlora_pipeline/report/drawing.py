@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from html import escape
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 from phlora_pipeline.report.palette import LIGHT, stylesheet, with_variables
 
 MADE_BY = "phlora report"
-_STYLE = {
+_STYLE: Any = {  # rc_context takes names as literals only
     "svg.fonttype": "none",
     "svg.hashsalt": MADE_BY,
     "text.parse_math": False,  # a name with two dollar signs is a name
@@ -25,26 +26,9 @@ _STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same widths everywhere
     "font.size": 9.5,
     "text.color": LIGHT["ink"],
-    "axes.edgecolor": LIGHT["rule"],
-    "axes.labelcolor": LIGHT["soft"],
     "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
     "axes.titlelocation": "left",
     "axes.titlesize": 11,
-    "grid.color": LIGHT["rule"],
-    "grid.linewidth": 0.8,
-    "xtick.color": LIGHT["rule"],
-    "ytick.color": LIGHT["rule"],
-    "xtick.labelcolor": LIGHT["soft"],
-    "ytick.labelcolor": LIGHT["soft"],
-    "ytick.major.size": 0,
-    "xtick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
     "legend.frameon": False,
     "legend.fontsize": 9,
     "figure.facecolor": "none",

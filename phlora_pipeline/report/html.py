@@ -16,13 +16,13 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from phlora_pipeline import __version__
-from phlora_pipeline.report import drawing, plots
+from phlora_pipeline.report import drawing, maps, plots
 from phlora_pipeline.report.curve import EnergyCurve
 from phlora_pipeline.report.entry import Entry
 from phlora_pipeline.report.facts import ModelReport
 from phlora_pipeline.report.grid import GOAL
 from phlora_pipeline.report.palette import stylesheet
-from phlora_pipeline.report.words import ranks_told, scientific, seconds, short, shown, verdict, words
+from phlora_pipeline.report.words import bound, ranks_told, seconds, short, shown, verdict, words
 from phlora_pipeline.summary import percent, size
 
 MOST_LINES = 2000
@@ -60,12 +60,12 @@ def model_page(report: ModelReport, *, stem: str = "", up: str = "") -> Drawn:
     """
     known = bool(report.curve.ranks)
     only = report.ranks[0] if report.ranks and report.ranks[0] == report.ranks[1] else None
-    ranks_differ = len({cell.ranks for line in report.grid.cells for cell in line if cell and cell.ranks}) > 1
+    ranks_differ = maps.ranks_differ(report.grid)
     made: dict[str, tuple[Callable[[], Figure], str]] = {}
     if known:
         made["energy"] = (
             lambda: plots.energy_figure(report),
-            f"Preserved energy E\u1d63 against rank r over {report.curve.tensors} adapted tensors: mean, and the band that holds half of them. E\u1d63 is known up to rank {report.curve.ranks[-1]}.",
+            f"Preserved energy E\u1d63 against rank r over {report.curve.tensors} adapted tensors: mean, and the band that holds half of them. E\u1d63 is known of all of them up to rank {report.curve.ranks[-1]}{'; beyond it the dotted line counts what is known' if report.curve.least_ranks else ''}.",
         )
         made["size"] = (
             lambda: plots.trade_off_figure(report.trade_off),
@@ -73,7 +73,7 @@ def model_page(report: ModelReport, *, stem: str = "", up: str = "") -> Drawn:
         )
     if any(cell and cell.energy is not None for line in report.grid.cells for cell in line):
         made["grid"] = (
-            lambda: plots.grid_figure(report.grid),
+            lambda: maps.grid_figure(report.grid),
             f"Layers from left to right, projections from top to bottom; a dot: not adapted{'' if ranks_differ else '; > : more than what is known'}. Experts of a layer are taken together.",
         )
     if report.spectra:
@@ -197,7 +197,7 @@ def _environment() -> Environment:
         loader=FileSystemLoader(_PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     made.filters |= {
-        "percent": percent, "size": size, "shown": shown, "short": short, "ranks": ranks_told, "scientific": scientific,
+        "percent": percent, "size": size, "shown": shown, "short": short, "ranks": ranks_told, "bound": bound,
         "seconds": seconds, "words": words, "columns": _columns,
     }  # fmt: skip
     return made

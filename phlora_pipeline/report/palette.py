@@ -19,9 +19,7 @@ def _ramp(anchors: tuple[str, ...]) -> list[str]:
     for step in range(STEPS):
         place = step / (STEPS - 1) * (len(points) - 1)
         first = min(int(place), len(points) - 2)
-        mixed = (
-            round(a + (b - a) * (place - first)) for a, b in zip(points[first], points[first + 1], strict=True)
-        )
+        mixed = (round(a + (b - a) * (place - first)) for a, b in zip(points[first], points[first + 1], strict=True))
         found.append("#" + "".join(f"{value:02x}" for value in mixed))
     return found
 
@@ -45,9 +43,7 @@ ROLES: dict[str, tuple[str, str]] = {
     "s5": ("#0b7f95", "#46c8dd"),
     "s6": ("#8a6d00", "#e0c04a"),
     "s7": ("#566077", "#a9b4c8"),
-    **{
-        f"h{step}": (light, dark) for step, (light, dark) in enumerate(zip(_LIGHT_RAMP, _DARK_RAMP, strict=True))
-    },
+    **{f"h{step}": (light, dark) for step, (light, dark) in enumerate(zip(_LIGHT_RAMP, _DARK_RAMP, strict=True))},
 }
 SERIES = tuple(f"s{number}" for number in range(8))
 LIGHT = {role: light for role, (light, _) in ROLES.items()}

@@ -6,10 +6,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from phlora_pipeline import manifest, storage
-from phlora_pipeline.errors import NotFoundError
+from phlora_pipeline.errors import NotFoundError, RequestError
 from phlora_pipeline.manifest import EnergyRow
 from phlora_pipeline.report.facts import Run, Source
 from phlora_pipeline.storage import ObjectInfo
@@ -38,19 +39,20 @@ def read(source: Source) -> tuple[Source, list[EnergyRow]]:
     """
     model, base, rows = manifest.read_named(source.url)
     folder = storage.basename(source.url.rpartition("/")[0])
-    told = Source(source.url, source.model or model or folder, source.base or base, source.record, source.run)
-    return told, rows
+    return replace(source, model=source.model or model or folder, base=source.base or base), rows
 
 
 def with_records(source: Source) -> Source:
     """The same with `run.json` and the run's own records, where they lie beside."""
-    if source.record is not None:
-        return source
     folder = source.url.rpartition("/")[0]
-    if place := _IN_DATASET.search(source.url):
+    place = _IN_DATASET.search(source.url)
+    if place:
         folder = storage.join(source.url[: place.start()].rpartition("/")[0], place[2], place[3])
     record = _json(storage.stat(storage.join(folder, layout.RUN)))
-    return Source(source.url, source.model, source.base, record, _run(folder, str(record.get("version", ""))))
+    if not all(isinstance(record.get(part, {}), dict) for part in ("weights", "written", "settings")):
+        record = {}
+    run = None if place else _run(folder, str(record.get("version", "")))
+    return replace(source, record=record, run=run)
 
 
 def _at(url: str) -> list[Source]:
@@ -137,3 +139,16 @@ def _events(info: ObjectInfo | None) -> list[dict[str, Any]]:
     except ValueError:
         return []
     return [line for line in lines if isinstance(line, dict)]
+
+
+def rows_of(url: str) -> list[EnergyRow]:
+    """The rows of one model's manifest.
+
+    Raises:
+        NotFoundError: there is none.
+        RequestError: there are several.
+    """
+    found = find([url])
+    if len(found) > 1:
+        raise RequestError(f"{url} is a zoo of {len(found)} models", remedy="give one model's energy.parquet or folder")
+    return read(found[0])[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,8 @@ from phlora_pipeline.summary import percent, size
 
 if TYPE_CHECKING:
     from phlora_pipeline.report.facts import ModelReport
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def shown(text: str) -> str:
@@ -52,15 +55,20 @@ def ranks_told(ranks: tuple[int, int] | None) -> str:
     return str(ranks[0]) if ranks[0] == ranks[1] else f"{ranks[0]}–{ranks[1]}"
 
 
-def scientific(value: float | None) -> str:
-    """Two digits: `4.1e-07`, or a dash.
+def bound(value: float | None) -> str:
+    """An upper bound, rounded up to one digit; a dash where there is none.
 
-    >>> scientific(4.12e-7), scientific(0.0), scientific(None)
-    ('4.1e-07', '0', '–')
+    >>> bound(4.12e-7), bound(0.0), bound(None)
+    ('5×10⁻⁷', '0', '–')
     """
     if value is None:
         return "–"
-    return f"{value:.1e}" if value else "0"
+    if value <= 0:
+        return "0"
+    power = math.floor(math.log10(value))
+    head = math.ceil(value / 10.0**power - 1e-9)
+    head, power = (1, power + 1) if head == 10 else (head, power)
+    return f"{head}×10{str(power).translate(_RAISED)}"
 
 
 def seconds(value: float) -> str:
