@@ -105,6 +105,17 @@ def energy_curve(rows: Sequence[EnergyRow], ranks: Sequence[int] = ()) -> Energy
     )
 
 
+def crowd(curves: Sequence[EnergyCurve]) -> list[tuple[int, float, float, float]]:
+    """Of several models: rank, lower quartile, median and upper quartile of their means, at the ranks that are known of all."""
+    ranks = sorted(set.intersection(*(set(curve.ranks) for curve in curves))) if len(curves) > 1 else []
+    told = []
+    for rank in ranks:
+        means = [curve.at(rank) or 0.0 for curve in curves]
+        low, middle, high = statistics.quantiles(means, n=4, method="inclusive")
+        told.append((rank, low, middle, high))
+    return told
+
+
 def at(each: Sequence[float], rank: int) -> float:
     """E_r of a tensor whose shares these are; beyond the last there is nothing more to keep."""
     return each[min(rank, len(each)) - 1]

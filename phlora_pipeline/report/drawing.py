@@ -36,6 +36,8 @@ _STYLE: Any = {  # rc_context takes names as literals only
     "lines.solid_capstyle": "round",
 }
 _IDS = re.compile(r'(\bid="|url\(#|href="#)')
+_TAGS = re.compile(r"<[^>]+>")
+_DIGITS = re.compile(r"(\.\d\d)\d+")  # a hundredth of a point is finer than any screen
 _FONTS = re.compile(r"font-family: [^;\"]*;? ?")
 
 
@@ -75,7 +77,7 @@ def inline_svg(figure: Figure, key: str, told: str) -> str:
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
     body = _IDS.sub(rf"\g<1>{key}-", _FONTS.sub("", with_variables(body)))
-    body = re.sub(r"\n\s*", " ", body)
+    body = _TAGS.sub(lambda found: _DIGITS.sub(r"\1", found[0]), re.sub(r"\n\s*", " ", body))
     width = figure.get_figwidth() * 96
     opening = f'<svg role="img" aria-labelledby="{key}-title" class="plot" style="max-width:{width:.0f}px" '
     body = re.sub(r'^<svg (.*?)width="[^"]*" height="[^"]*"', lambda found: opening + found[1], body, count=1)

@@ -86,7 +86,7 @@ def log_scale(values: Sequence[float], told: Callable[[float], str], label: str,
     ['5', '10', '20', '50']
     """
     low, high = (min(values), max(values)) if values else (1.0, 10.0)
-    margin = (high / low) ** 0.04 * 1.03
+    margin = max((high / low) ** 0.04 * 1.03, math.sqrt(5 * low / high))  # a single value is not all of an axis
     low, high = low / margin, high * margin
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for heads in ((1, 2, 5), (1, 3), (1,)):

@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 
 from phlora_pipeline import __version__
 from phlora_pipeline.report import drawing, maps, plots
-from phlora_pipeline.report.curve import EnergyCurve
+from phlora_pipeline.report.curve import EnergyCurve, crowd
 from phlora_pipeline.report.entry import Entry
 from phlora_pipeline.report.facts import ModelReport
 from phlora_pipeline.report.grid import GOAL
 from phlora_pipeline.report.palette import stylesheet
-from phlora_pipeline.report.words import bound, ranks_told, seconds, short, shown, verdict, words
+from phlora_pipeline.report.words import bound, counted, ranks_told, seconds, short, shown, verdict, words
 from phlora_pipeline.summary import percent, size
 
 MOST_LINES = 2000
@@ -65,7 +65,7 @@ def model_page(report: ModelReport, *, stem: str = "", up: str = "") -> Drawn:
     if known:
         made["energy"] = (
             lambda: plots.energy_figure(report),
-            f"Preserved energy E\u1d63 against rank r over {report.curve.tensors} adapted tensors: mean, and the band that holds half of them. E\u1d63 is known of all of them up to rank {report.curve.ranks[-1]}{'; beyond it the dotted line counts what is known' if report.curve.least_ranks else ''}.",
+            f"Preserved energy E\u1d63 against rank r over {counted(report.curve.tensors, 'adapted tensor')}: mean, and the band that holds half of them. E\u1d63 is known of all of them up to rank {report.curve.ranks[-1]}{'; beyond it the dotted line counts what is known' if report.curve.least_ranks else ''}.",
         )
         made["size"] = (
             lambda: plots.trade_off_figure(report.trade_off),
@@ -90,7 +90,7 @@ def model_page(report: ModelReport, *, stem: str = "", up: str = "") -> Drawn:
         verdict=verdict(report),
         shares=_shares(report),
         ranks_differ=ranks_differ,
-        goal=f"{GOAL:.0%}",
+        goal=percent(GOAL, 0),
         has_edge=any(spectrum.edge for spectrum in report.spectra),
         spectrum_places=[n for n in _SPECTRUM_PLACES if any(n <= len(one.values) for one in report.spectra)],
         most_lines=MOST_LINES,
@@ -111,13 +111,13 @@ def index_page(models: Sequence[Entry], *, stem: str) -> Drawn:
         for model in models
         if model.summary.preserved_energy is not None and model.adapter_bytes
     ]
+    many = len(curves) > plots.MOST_CURVES
     made: dict[str, tuple[Callable[[], Figure], str]] = {}
     if curves:
-        crowd = len(curves) > plots.MOST_CURVES
         made["energy"] = (
             lambda: plots.energies_figure(curves),
             "Preserved energy E\u1d63 against rank r. "
-            + ("A thin line for each model; their median, and the band that holds half of them." if crowd else "A line for each model: the mean over its adapted tensors; the band holds half of them."),
+            + ("A thin line for each model; their median, and the band that holds half of them." if many else "A line for each model: the mean over its adapted tensors; the band holds half of them; where some spectra end, the dotted line counts what is known."),
         )  # fmt: skip
     if points:
         made["size"] = (
@@ -131,6 +131,7 @@ def index_page(models: Sequence[Entry], *, stem: str) -> Drawn:
         bases=sorted({model.base or "not named" for model in models}),
         total=_total(models),
         figures=figures,
+        crowd=crowd([curve for _, curve in curves]) if many else (),
         table_ranks=[rank for rank in (1, 4, 8, 16, 32, 64, 128, 256, 512) if any(model.curve.at(rank) for model in models)],
     )  # fmt: skip
     return Drawn(html, files)
@@ -198,7 +199,7 @@ def _environment() -> Environment:
     )
     made.filters |= {
         "percent": percent, "size": size, "shown": shown, "short": short, "ranks": ranks_told, "bound": bound,
-        "seconds": seconds, "words": words, "columns": _columns,
+        "seconds": seconds, "words": words, "counted": counted, "columns": _columns,
     }  # fmt: skip
     return made
 

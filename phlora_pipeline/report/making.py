@@ -70,7 +70,7 @@ def report(urls: Sequence[str], out: str = "", *, form: Format = "html") -> Made
     names = distinct([told.model for told in reports], [told.url for told in reports])
     told = text.FORMS[form]([replace(each, model=name) for each, name in zip(reports, names, strict=True)])
     if target:
-        _put_all({target: told.encode()}.items(), target)
+        _put_all([target], [(target, told.encode())])
     return Made(target, len(reports), text=told)
 
 
@@ -110,8 +110,8 @@ def _pages(found: Sequence[Source], out: str) -> Made:
     stem = name.removesuffix(".html")
     if len(found) == 1:
         drawn = html.model_page(_report(found[0]), stem=stem)
-        files = {**drawn.files, name: drawn.html.encode()}
-        _put_all(((storage.join(folder, each), data) for each, data in files.items()), out)
+        files = {storage.join(folder, each): data for each, data in drawn.files.items()}
+        _put_all([*files, out], {**files, out: drawn.html.encode()}.items())
         return Made(out, 1, tuple(drawn.files))
     with tempfile.TemporaryDirectory(prefix="phlora-report-") as aside:
         entries = list(_drawn(found, f"../{name}", aside))
@@ -129,7 +129,7 @@ def _pages(found: Sequence[Source], out: str) -> Made:
                 yield storage.join(folder, each), data
             yield out, drawn.html.encode()
 
-        _put_all(files_in_order(), out, others=[storage.join(folder, each) for each in (*pages, *drawn.files)])
+        _put_all([*(storage.join(folder, each) for each in (*pages, *drawn.files)), out], files_in_order())
     return Made(out, len(entries), (*drawn.files, *pages))
 
 
@@ -194,8 +194,8 @@ def _require_ours(url: str) -> None:
         )
 
 
-def _put_all(files: Iterable[tuple[str, bytes]], out: str, others: Sequence[str] = ()) -> None:
-    for url in (*others, out):
+def _put_all(urls: Iterable[str], files: Iterable[tuple[str, bytes]]) -> None:
+    for url in urls:
         _require_ours(url)
     for url, data in files:
         if not storage.swap(url, data, storage.stat(url)):

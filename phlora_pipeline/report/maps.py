@@ -16,6 +16,7 @@ from phlora_pipeline.report.frame import WIDE
 from phlora_pipeline.report.grid import GOAL, Cell, Grid
 from phlora_pipeline.report.palette import LIGHT, STEPS
 from phlora_pipeline.report.words import short, shown
+from phlora_pipeline.summary import percent
 
 _ROW, _GAP, _TOP, _BAR = 0.29, 0.95, 0.42, 0.14  # inches
 _RIGHT = 0.85
@@ -68,7 +69,7 @@ def _ranks(found: Grid) -> _Map:
     values = _values(found, look) or [0.0]
     low = math.floor(min(values))
     span = (low, max(math.ceil(max(values)), low + 1))
-    title = "rank" if differ else f"rank that keeps {GOAL:.0%}"
+    title = "rank" if differ else f"rank that keeps {percent(GOAL, 0)}"
     return _Map(title, look, span, lambda value: f"{2**value:.0f}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from phlora_pipeline.report.choices import TradeOff
-from phlora_pipeline.report.curve import EnergyCurve
+from phlora_pipeline.report.curve import EnergyCurve, crowd
 from phlora_pipeline.report.facts import ModelReport, Spectrum
 from phlora_pipeline.report.frame import frame, log_scale, percent_scale, rank_scale
 from phlora_pipeline.report.grid import labels
@@ -50,7 +49,9 @@ def energy_figure(report: ModelReport) -> Figure:
 def energies_figure(named: Sequence[Named]) -> Figure:
     """One curve for each model: the paper's Figure 1."""
     figure, axes = frame(
-        rank_scale(max(rank for _, curve in named for rank in curve.ranks)), percent_scale(_KEPT), high=4.3
+        rank_scale(max(rank for _, curve in named for rank in (*curve.ranks, *curve.least_ranks))),
+        percent_scale(_KEPT),
+        high=4.3,
     )
     if len(named) > MOST_CURVES:
         _crowd(axes, [curve for _, curve in named])
@@ -58,6 +59,9 @@ def energies_figure(named: Sequence[Named]) -> Figure:
         for role, (name, curve) in zip(SERIES, named, strict=False):
             if len(named) <= _MOST_BANDS:
                 _band(axes, curve, LIGHT[role], alpha=0.12)
+            if curve.least_ranks:
+                ranks, least = (curve.ranks[-1], *curve.least_ranks), (curve.mean[-1], *curve.least)
+                axes.plot(ranks, _hundredfold(least), color=LIGHT[role], linestyle=_DOTTED)
             axes.plot(
                 curve.ranks, _hundredfold(curve.mean), color=LIGHT[role], label=_told(name), **_marks(curve.ranks)
             )  # fmt: skip
@@ -138,23 +142,22 @@ def spectra_figure(spectra: Sequence[Spectrum], rank: int | None) -> Figure:
         axes.plot([], [], color=LIGHT["soft"], linewidth=1.2, linestyle=_DOTTED, label="noise edge")
     if rank is not None:
         _mark_rank(axes, rank)
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper right")
     return figure
 
 
 def _crowd(axes: Axes, curves: Sequence[EnergyCurve]) -> None:
-    for curve in curves:
-        axes.plot(curve.ranks, _hundredfold(curve.mean), color=LIGHT["s7"], linewidth=0.7, alpha=0.22)
-    ranks = sorted(set.intersection(*(set(curve.ranks) for curve in curves)))
-    quartiles = [
-        statistics.quantiles([100 * (curve.at(rank) or 0.0) for curve in curves], n=4, method="inclusive")
-        for rank in ranks
-    ]
-    if not quartiles:
+    for curve in curves:  # at powers of two alone: hundreds of lines are a large drawing
+        ranks, shares = zip(
+            *((r, s) for r, s in zip(curve.ranks, curve.mean, strict=True) if r & (r - 1) == 0), strict=True
+        )
+        axes.plot(ranks, _hundredfold(shares), color=LIGHT["s7"], linewidth=0.6, alpha=0.18)
+    if not (told := crowd(curves)):
         return
-    lower, middle, upper = zip(*quartiles, strict=True)
-    axes.fill_between(ranks, lower, upper, color=LIGHT["s0"], alpha=0.2, linewidth=0, label="half of the models")
-    axes.plot(ranks, middle, color=LIGHT["s0"], label=f"median of {len(curves)} models")
+    ranks, lower, middle, upper = zip(*told, strict=True)
+    blue, label = LIGHT["s0"], f"median of {len(curves)} models"
+    axes.fill_between(ranks, _hundredfold(lower), _hundredfold(upper), color=blue, alpha=0.2, linewidth=0, label="half of the models")  # fmt: skip
+    axes.plot(ranks, _hundredfold(middle), color=blue, label=label)
 
 
 def _band(axes: Axes, curve: EnergyCurve, colour: str, *, alpha: float, label: str = "") -> None:

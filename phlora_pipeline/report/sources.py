@@ -38,8 +38,9 @@ def read(source: Source) -> tuple[Source, list[EnergyRow]]:
         CheckpointError: it is damaged, no manifest, or of another schema.
     """
     model, base, rows = manifest.read_named(source.url)
-    folder = storage.basename(source.url.rpartition("/")[0])
-    return replace(source, model=source.model or model or folder, base=source.base or base), rows
+    folder, _, name = source.url.rpartition("/")
+    place = storage.basename(folder) if name == layout.MANIFEST else name.removesuffix(".parquet")
+    return replace(source, model=source.model or model or place, base=source.base or base), rows
 
 
 def with_records(source: Source) -> Source:

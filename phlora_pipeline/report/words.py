@@ -84,6 +84,15 @@ def seconds(value: float) -> str:
     return f"{value / 60:.1f} min" if value < 5400 else f"{value / 3600:.1f} h"
 
 
+def counted(number: int, noun: str) -> str:
+    """With its plural.
+
+    >>> counted(1, "tensor"), counted(2, "tensor")
+    ('1 tensor', '2 tensors')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def words(status: str) -> str:
     """A row's status, as a person says it.
 
@@ -101,6 +110,6 @@ def verdict(report: ModelReport) -> str:
     weight = f", {percent(report.adapter_bytes / report.checkpoint_bytes)} of the checkpoint," if report.checkpoint_bytes else ""  # fmt: skip
     whole = f"; {percent(summary.carried_energy, 2)} is kept whole beside them" if summary.carried else ""
     return (
-        f"{size(report.adapter_bytes)}{weight} keep {percent(summary.preserved_energy)} of what fine-tuning changed in {summary.adapted} weights, "
+        f"{size(report.adapter_bytes)}{weight} keep {percent(summary.preserved_energy)} of what fine-tuning changed in {counted(summary.adapted, 'weight')}, "
         f"which hold {percent(summary.coverage)} of the whole change{whole}."
     )
