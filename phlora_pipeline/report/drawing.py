@@ -16,8 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from phlora_pipeline.report.palette import LIGHT, stylesheet, with_variables
+from phlora_pipeline.report.words import MADE_BY
 
-MADE_BY = "phlora report"
 _STYLE: Any = {  # rc_context takes names as literals only
     "svg.fonttype": "none",
     "svg.hashsalt": MADE_BY,

@@ -22,7 +22,7 @@ from phlora_pipeline.report.entry import Entry
 from phlora_pipeline.report.facts import ModelReport
 from phlora_pipeline.report.grid import GOAL
 from phlora_pipeline.report.palette import stylesheet
-from phlora_pipeline.report.words import bound, counted, ranks_told, seconds, short, shown, verdict, words
+from phlora_pipeline.report.words import MADE_BY, bound, counted, ranks_told, seconds, short, shown, verdict, words
 from phlora_pipeline.summary import percent, size
 
 MOST_LINES = 2000
@@ -214,6 +214,7 @@ def _common() -> dict[str, Any]:
         "stylesheet": Markup(_file("style.css")),  # noqa: S704
         "colours": Markup(stylesheet()),  # noqa: S704
         "made_by": __version__,
+        "mark": MADE_BY,
     }
 
 

@@ -17,13 +17,10 @@ from phlora_pipeline.errors import ConflictError, RequestError
 from phlora_pipeline.report import sources, text
 from phlora_pipeline.report.entry import Entry, entry
 from phlora_pipeline.report.facts import ModelReport, Source, model_report
-from phlora_pipeline.report.words import file_name
+from phlora_pipeline.report.words import MADE_BY, file_name
 
 Format = Literal["html", "md", "json"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-
-_MARK = b"phlora report"
-"""In the first kilobytes of every file that is written here: what lacks it is somebody else's."""
 
 _HEAD = 4096
 _POOL_FROM = 24
@@ -188,7 +185,7 @@ def _require_ours(url: str) -> None:
     head = bytearray(min(info.size, _HEAD))
     if head:
         storage.read_ranges([storage.ByteRange(info.url, info.etag, 0, memoryview(head))])
-    if _MARK not in head:
+    if MADE_BY.encode() not in head:
         raise ConflictError(
             f"{url} is there already, and was not written by phlora report", remedy="choose another name for --out"
         )

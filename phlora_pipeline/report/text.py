@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from phlora_pipeline import __version__
 from phlora_pipeline.report.facts import ModelReport
-from phlora_pipeline.report.words import bound, ranks_told, seconds, short, shown, verdict, words
+from phlora_pipeline.report.words import MADE_BY, bound, ranks_told, seconds, short, shown, verdict, words
 from phlora_pipeline.summary import percent, size
 
 _RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -16,12 +16,12 @@ _RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 def markdown(reports: Sequence[ModelReport]) -> str:
     """One model in detail, several in a table."""
     lines = _one(reports[0]) if len(reports) == 1 else _many(reports)
-    return "\n".join([f"<!-- phlora report {__version__} -->", "", *lines, ""])
+    return "\n".join([f"<!-- {MADE_BY} {__version__} -->", "", *lines, ""])
 
 
 def as_json(reports: Sequence[ModelReport]) -> str:
     """All but single tensors, which are in the manifests."""
-    record = {"made_by": f"phlora report {__version__}", "models": [report.as_dict() for report in reports]}
+    record = {"report": f"{MADE_BY} {__version__}", "models": [report.as_dict() for report in reports]}
     return json.dumps(record, indent=2) + "\n"
 
 

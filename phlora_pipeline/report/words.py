@@ -11,6 +11,9 @@ from phlora_pipeline.summary import percent, size
 if TYPE_CHECKING:
     from phlora_pipeline.report.facts import ModelReport
 
+MADE_BY = "made by phlora report"
+"""In the first kilobytes of every file that is written here: what lacks it is somebody else's."""
+
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from phlora_pipeline.report import report
+from phlora_pipeline.report import html, report, sources
+from phlora_pipeline.report.entry import entry
+from phlora_pipeline.report.facts import model_report
 from tests import runs, toys
 from tests.report import shelf
 
@@ -123,10 +125,13 @@ def test_numbers_stand_behind_every_figure_and_all_tensors_sort(adapter: Path, v
     assert len(opened.column("tensors", 0)) == 3
 
 
-def test_a_zoo_of_500_sorts_finds_and_links(tmp_path: Path, visit: Open) -> None:
-    report([str(shelf.zoo(tmp_path / "zoo", 500, most=12))], str(tmp_path / "out" / "zoo.html"))
-    assert (tmp_path / "out" / "zoo.html").stat().st_size < 1_000_000
-    opened = visit(tmp_path / "out" / "zoo.html")
+def test_the_page_over_500_models_is_light_and_sorts_and_finds(tmp_path: Path, visit: Open) -> None:
+    found = sources.find([str(shelf.zoo(tmp_path / "zoo", 500, most=12))])
+    reports = [model_report(rows, told) for told, rows in map(sources.read, found)]
+    drawn = html.index_page([entry(each, each.model, f"zoo/{each.model}.html") for each in reports], stem="zoo")
+    (tmp_path / "zoo.html").write_text(drawn.html, encoding="utf-8")
+    assert (tmp_path / "zoo.html").stat().st_size < 600_000
+    opened = visit(tmp_path / "zoo.html")
     assert opened.page.locator("svg.plot").count() == 2
     assert len(opened.column("models", 0)) == 500
     opened.sort("models", "energy")
@@ -137,11 +142,16 @@ def test_a_zoo_of_500_sorts_finds_and_links(tmp_path: Path, visit: Open) -> None
     assert opened.page.locator("#models th").first.get_attribute("aria-sort") == "ascending"
     opened.page.locator("input.find").fill("bot-123")
     assert opened.column("models", 0) == ["team--bot-123"]
-    opened.page.locator("#models a", has_text="team--bot-123").click()
-    assert opened.page.locator("h1").inner_text() == "team--bot-123"
+
+
+def test_a_zoo_leads_to_its_models_and_back(tmp_path: Path, visit: Open) -> None:
+    report([str(shelf.zoo(tmp_path / "zoo", 3))], str(tmp_path / "out" / "a zoo.html"))
+    opened = visit(tmp_path / "out" / "a zoo.html")
+    opened.page.locator("#models a", has_text="team--bot-001").click()
+    assert opened.page.locator("h1").inner_text() == "team--bot-001"
     assert opened.page.locator("svg.plot").count() == 4
     opened.page.locator("a", has_text="all models").click()
-    assert opened.page.locator("h1").inner_text() == "500 models"
+    assert opened.page.locator("h1").inner_text() == "3 models"
 
 
 @pytest.mark.parametrize("layers", [0, 1])

@@ -18,7 +18,9 @@ import pytest
 from phlora_pipeline import cli, manifest, storage
 from phlora_pipeline.errors import ConflictError, RequestError
 from phlora_pipeline.report import making, report
+from phlora_pipeline.report.words import MADE_BY
 from phlora_pipeline.zoo import latest
+from tests import runs
 from tests.report import shelf
 from tests.s3_server import S3
 from tests.zoo import shelf as adapters
@@ -68,7 +70,7 @@ def test_a_page_has_its_figures_inside_and_beside(tmp_path: Path) -> None:
     assert {link for link in told.links if not link.startswith(("#", "data:"))} == set(figures)
     for name in figures:
         data = (tmp_path / "out" / name).read_bytes()
-        assert making._MARK in data[:4096]
+        assert MADE_BY.encode() in data[:4096]
         if name.endswith("svg"):
             assert ET.fromstring(data).tag.endswith("svg")
         else:
@@ -206,7 +208,7 @@ class TestCommand:
 
     def test_what_comes_without_a_word_of_the_format(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         source = shelf.write(tmp_path / "m.parquet", shelf.rows(), "m")
-        assert self.run(capsys, source)[1].startswith("<!-- phlora report")
+        assert self.run(capsys, source)[1].startswith("<!-- made by phlora report")
         assert json.loads(self.run(capsys, source, "--json")[1])["models"][0]["model"] == "m"
         code, out, err = self.run(capsys, source, "--out", tmp_path / "p.html")
         assert (code, err) == (0, "")
@@ -267,6 +269,13 @@ class TestRefused:
         self.refused(tmp_path, "was not written by phlora report", self.good, out=tmp_path / "notes.html")
         self.refused(tmp_path, "was not written by phlora report", self.good, out=tmp_path / "p.html")
         self.refused(tmp_path, "was not written by phlora report", self.good, out=Path(self.good), form="md")
+
+    def test_an_adapters_card_is_no_report_though_it_speaks_of_one(
+        self, tmp_path: Path, pair: tuple[Path, Path]
+    ) -> None:
+        runs.extract(*pair, tmp_path / "out")
+        assert "phlora report" in (tmp_path / "out" / "README.md").read_text()
+        self.refused(tmp_path, "was not written by", str(tmp_path / "out"), out=tmp_path / "out" / "README.md", form="md")  # fmt: skip
 
     def test_a_place_that_cannot_be(self, tmp_path: Path) -> None:
         (tmp_path / "folder").mkdir()
