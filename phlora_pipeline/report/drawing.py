@@ -11,7 +11,6 @@ from html import escape
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -27,8 +26,6 @@ _STYLE: Any = {  # rc_context takes names as literals only
     "font.size": 9.5,
     "text.color": LIGHT["ink"],
     "axes.facecolor": "none",
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
     "legend.frameon": False,
     "legend.fontsize": 9,
     "figure.facecolor": "none",
@@ -36,6 +33,7 @@ _STYLE: Any = {  # rc_context takes names as literals only
     "lines.solid_capstyle": "round",
 }
 _IDS = re.compile(r'(\bid="|url\(#|href="#)')
+_TITLE = 0.4  # inches
 _TAGS = re.compile(r"<[^>]+>")
 _DIGITS = re.compile(r"(\.\d\d)\d+")  # a hundredth of a point is finer than any screen
 _FONTS = re.compile(r"font-family: [^;\"]*;? ?")
@@ -58,9 +56,14 @@ def canvas(width: float, height: float) -> Figure:
 
 
 def titled(figure: Figure, title: str) -> Figure:
-    """With a title over its first axes, for files that stand alone."""
-    axes: Axes = figure.axes[0]
-    axes.set_title(title, pad=8)
+    """With a title over it, in room of its own, for files that stand alone."""
+    wide, high = figure.get_size_inches()
+    taller = high + _TITLE
+    figure.set_size_inches(wide, taller)
+    for axes in figure.axes:
+        left, bottom, width, tall = axes.get_position().bounds
+        axes.set_position((left, bottom * high / taller, width, tall * high / taller))
+    figure.text(0.1 / wide, 1 - 0.12 / taller, title, ha="left", va="top", fontsize=12)
     return figure
 
 
