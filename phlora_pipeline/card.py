@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 
 from phlora_pipeline import targets
@@ -37,6 +38,7 @@ def model_card(
         "| what | share of the update's energy ‖ΔW‖² |",
         "|---|---|",
         f"| kept by the rank-{plan.rank} factors of the adapted tensors (E_r) | {percent(summary.preserved_energy)} |",
+        *_by_rank(plan, summary),
         f"| kept by the bytes as written | {percent(summary.written_energy)} |",
         f"| lying in adapted tensors at all | {percent(summary.coverage)} |",
         *(
@@ -45,14 +47,14 @@ def model_card(
             else []
         ),
         "",
-        f"{summary.adapted} tensors are adapted, {summary.unchanged} unchanged, {summary.zero_filled} zero-filled to complete a family, {summary.carried} kept whole, {summary.skipped} left out, {summary.failed} failed. `energy.parquet` has a row for each.",
+        f"{summary.adapted} tensors are adapted, {summary.unchanged} unchanged, {summary.zero_filled} zero-filled to complete a family, {summary.carried} kept whole, {summary.skipped} left out, {summary.failed} failed. `energy.parquet` has a row for each; `phlora report THIS_FOLDER --out page.html` draws what it tells.",
         "",
     ]
     lines += _left_out(rows, summary)
     lines += [
         "## Loading it",
         "",
-        *loading(rules, plan.written_rank, own_ranks=plan.per_tensor_ranks, carried=bool(summary.carried)),
+        *loading(rules, plan.written_rank, base_name, own_ranks=plan.per_tensor_ranks, carried=bool(summary.carried)),
         *_new_rows(plan, rows),
     ]
     if plan.tied:
@@ -61,6 +63,12 @@ def model_card(
             "",
         ]
     return "\n".join(lines)
+
+
+def _by_rank(plan: Plan, summary: Summary) -> list[str]:
+    """What smaller ranks would keep: they are slices of these factors."""
+    known = {rank: share for rank, share in summary.energy_at.items() if share is not None and rank < plan.rank}
+    return [f"| … by the first {rank} of them | {percent(share)} |" for rank, share in known.items()]
 
 
 def _chosen(plan: Plan, rows: Sequence[EnergyRow], sizes: tuple[int, int]) -> list[str]:
@@ -85,32 +93,36 @@ def front_matter(base_name: str, rules: ServerRules) -> list[str]:
     return ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
 
 
-def loading(rules: ServerRules, rank: int, *, own_ranks: bool, carried: bool) -> list[str]:
+def loading(rules: ServerRules, rank: int, base_name: str, *, own_ranks: bool, carried: bool) -> list[str]:
     """For the servers that the dialect is for, and no others.
 
     Args:
         rules: of the dialect.
         rank: as written.
+        base_name: hub id or served name of the base, or empty.
         own_ranks: whether each module has one of its own.
         carried: whether anything is kept whole.
     """
+    base = _cell(shlex.quote(base_name)) if base_name else "BASE"
     limit = targets.written_rank(rank, targets.server_rules(rules.model_type, "vllm").rank_grid)
     told = {
         "PEFT": [
             "```python",
             "from peft import PeftModel",
+            f"base_model = ...  # {json.dumps(base_name) if base_name else 'the base'}, loaded by transformers or by your own code",
             'model = PeftModel.from_pretrained(base_model, "THIS_FOLDER")',
             "```",
-            "",
         ],
-        "vLLM": [f"vLLM: `vllm serve BASE --enable-lora --max-lora-rank {limit} --lora-modules NAME=THIS_FOLDER`."],
-        "SGLang": ["SGLang: `python -m sglang.launch_server --model-path BASE --lora-paths NAME=THIS_FOLDER`."],
+        "vLLM": [f"vLLM: `vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules NAME=THIS_FOLDER`."],
+        "SGLang": [f"SGLang: `python -m sglang.launch_server --model-path {base} --lora-paths NAME=THIS_FOLDER`."],
         "diffusion UIs": [
             "Diffusion UIs: copy `adapter_model.safetensors` under a name of its own into the folder of LoRAs; its keys are kohya's (`lora_unet_…`), with each pair's alpha beside it."
         ],
-        "llama.cpp": ["llama.cpp: `convert_lora_to_gguf.py --base BASE THIS_FOLDER`."],
+        "llama.cpp": [
+            "llama.cpp: `convert_lora_to_gguf.py --base BASE_FOLDER --outfile adapter.gguf THIS_FOLDER`, then `llama-server -m BASE.gguf --lora adapter.gguf`."
+        ],
     }
-    lines = [line for server in rules.takes for line in told[server]]
+    lines = [line for server in rules.takes for line in ["", *told[server]]][1:]
     if own_ranks and not rules.unets_only:
         lines += [
             "",

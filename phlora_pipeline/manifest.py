@@ -159,11 +159,39 @@ def read(url: str) -> list[EnergyRow]:
 
     Raises:
         NotFoundError: there is none.
-        CheckpointError: it is damaged, or of a newer schema.
+        CheckpointError: it is damaged, or of another schema.
+    """
+    return read_named(url)[2]
+
+
+def read_named(url: str) -> tuple[str, str, list[EnergyRow]]:
+    """The fine-tune's name, the base's, and the rows of a manifest; the names are empty where it does not tell them.
+
+    Raises:
+        NotFoundError: there is none.
+        CheckpointError: it is damaged, or of another schema.
     """
     with _readable(url):
-        records = _stored(url).to_pylist(maps_as_pydicts="strict")
-    return [_row(record, url) for record in records]
+        table = _stored(url)
+    _require_schema(table, url)
+    records = table.to_pylist(maps_as_pydicts="strict")
+    model, base = (str(records[0].get(name) or "") if records else "" for name in ("model", "base"))
+    return model, base, [_row(record, url) for record in records]
+
+
+def _require_schema(table: pa.Table, url: str) -> None:
+    """Of the whole table, since one without rows has no version of its own to look at. Columns are only ever added."""
+    told = (table.schema.metadata or {}).get(b"phlora.schema_version", b"").decode(errors="replace")
+    if not told and "schema_version" not in table.column_names:
+        raise CheckpointError(f"{url} is a Parquet file, but not a manifest", remedy="give an adapter's energy.parquet")
+    if told not in {"", str(SCHEMA_VERSION)}:
+        raise _of_another_schema(url, told)
+
+
+def _of_another_schema(url: str, told: object) -> CheckpointError:
+    return CheckpointError(
+        f"{url} has schema version {told}; this version reads {SCHEMA_VERSION}", remedy="upgrade, or extract again"
+    )
 
 
 def _stored(url: str) -> pa.Table:
@@ -206,10 +234,7 @@ def _plain(row: EnergyRow) -> dict[str, Any]:
 
 def _row(record: dict[str, Any], url: str) -> EnergyRow:
     if record.get("schema_version") != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{url} has schema version {record.get('schema_version')}; this version reads {SCHEMA_VERSION}",
-            remedy="upgrade, or extract again",
-        )
+        raise _of_another_schema(url, record.get("schema_version"))
     known = {item.name for item in fields(EnergyRow)}
     record = {name: value for name, value in record.items() if name in known}
     values = record["singular_values"]

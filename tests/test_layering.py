@@ -63,8 +63,8 @@ LAYERS = [
         "calibrate",
         "compress",
     },
-    {"prepare", "pipeline", "several", "zoo", "submit", "doctor"},
-    {"cli", "console", "render", "__main__"},
+    {"prepare", "pipeline", "several", "zoo", "submit", "doctor", "report"},
+    {"cli", "console", "render", "api", "__main__"},
 ]
 HOMES = {
     "ray": {"driver", "submit"},
@@ -76,6 +76,8 @@ HOMES = {
     "boto3": {"storage"},
     "botocore": {"storage"},
     "stamina": {"storage"},
+    "matplotlib": {"report"},
+    "jinja2": {"report"},
     "typer": {"cli"},
     "prometheus_client": {"metrics"},
     "packaging": {"doctor"},
@@ -209,13 +211,14 @@ def after_command(*arguments: object) -> tuple[int, set[str], int]:
         (["run", "nothing-there.yaml"], 2),
         (["submit", "nothing-there.yaml"], 2),
         (["plan", "nothing-there.yaml"], 2),
+        (["report", "--help"], 0),
     ],
-    ids=["version", "help", "usage", "setting", "convert", "zoo-help", "merge-help", "run", "submit", "plan"],
+    ids=["version", "help", "usage", "setting", "convert", "zoo-help", "merge-help", "run", "submit", "plan", "report"],
 )
 def test_a_command_that_computes_nothing_does_not_wait_for_torch(arguments: list[str], code: int) -> None:
     ended, loaded, _ = after_command(*arguments)
     assert ended == code
-    assert not loaded & {"torch", "numpy", "pyarrow", "ray", "fsspec", "boto3"}
+    assert not loaded & {"torch", "numpy", "pyarrow", "ray", "fsspec", "boto3", "matplotlib"}
 
 
 def test_a_local_extraction_loads_only_what_it_needs_and_has_it_frozen(tmp_path: Path) -> None:

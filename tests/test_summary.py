@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from phlora_pipeline.card import model_card
@@ -84,6 +86,23 @@ def test_the_card_says_what_is_kept_and_what_is_not() -> None:
 
 def test_the_card_names_a_base_only_by_a_given_name() -> None:
     assert 'base_model: "org/base"' in card(ROWS, base_name="org/base")
+
+
+def test_the_card_serves_the_base_by_its_name_and_a_strange_one_breaks_no_command() -> None:
+    assert "`vllm serve org/base --enable-lora" in card(ROWS, base_name="org/base")
+    assert "`vllm serve BASE --enable-lora" in card(ROWS)
+    assert "`vllm serve 'a; rm' --enable-lora" in card(ROWS, base_name="a; rm")
+    fence = card(ROWS, base_name='x"\n```\nimport os').partition("```python\n")[2].partition("\n```\n")[0]
+    assert len(fence.splitlines()) == 3
+
+
+def test_the_card_tells_what_smaller_ranks_keep() -> None:
+    told = {8: 0.5, 16: 0.75, 32: 0.95, 64: None}
+    rows = [replace(item, energy_at=told) if item.rank is not None else item for item in ROWS]
+    plan = replace(planned(llama()), rank=32)
+    text = model_card(plan, rows, base_name="", dtype="bfloat16")
+    lines = [line for line in text.splitlines() if "by the first" in line]
+    assert lines == ["| … by the first 8 of them | 50.0 % |", "| … by the first 16 of them | 75.0 % |"]
 
 
 @pytest.mark.parametrize("evil", ["<script>alert(1)</script>", "a | b | c", "line\nbreak\n# title", "`code`"])

@@ -4,7 +4,8 @@ Results go to stdout, everything else to stderr. Exit codes: 0 done, or nothing 
 3 a model failed, the others are done · 11 credentials · 12 storage · 13 verification failed · 14 no usable device · 130 interrupted ·
 143 stopped in order.
 
-`extraction` has the commands for one pair of checkpoints, `zoo` those for a zoo.yaml, `options` their flags.
+`extraction` has the commands for one pair of checkpoints, `zoo` those for a zoo.yaml, `report` shows what came of either,
+`options` has their flags.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Annotated
 import typer
 
 from phlora_pipeline import __version__, render
-from phlora_pipeline.cli import compress, doctor, extraction, merging, zoo
+from phlora_pipeline.cli import compress, doctor, extraction, merging, report, zoo
 from phlora_pipeline.cli.loading import loading as _loading
 from phlora_pipeline.errors import PhloraError
 
@@ -41,7 +42,7 @@ for _panel, _commands in {
     _ZOO: (
         zoo.init, doctor.doctor, zoo.run, zoo.submit, zoo.status, zoo.explain, zoo.retry, zoo.rollback, zoo.pull, zoo.gc,
     ),
-    _MORE: (compress.compress, merging.merge, extraction.convert, extraction.calibrate),
+    _MORE: (report.report, compress.compress, merging.merge, extraction.convert, extraction.calibrate),
 }.items():  # fmt: skip
     for _command in _commands:
         app.command(rich_help_panel=_panel)(_command)

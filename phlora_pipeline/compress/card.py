@@ -42,7 +42,11 @@ def compressed_card(
         "## Loading it",
         "",
         *loading(
-            rules, written, own_ranks=rules.per_tensor_ranks and smallest != largest, carried=bool(summary.carried)
+            rules,
+            written,
+            base_name,
+            own_ranks=rules.per_tensor_ranks and smallest != largest,
+            carried=bool(summary.carried),
         ),
     ]
     return "\n".join(lines)

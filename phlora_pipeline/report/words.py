@@ -1,0 +1,118 @@
+"""Names as they can be shown, and numbers as people read them. Pure."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING
+
+from phlora_pipeline.summary import percent, size
+
+if TYPE_CHECKING:
+    from phlora_pipeline.report.facts import ModelReport
+
+MADE_BY = "made by phlora report"
+"""In the first kilobytes of every file that is written here: what lacks it is somebody else's."""
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def shown(text: str) -> str:
+    """Without what cannot be printed: names come from checkpoints.
+
+    >>> shown("a" + chr(0) + "b" + chr(27))
+    'a�b�'
+    """
+    return "".join(sign if sign.isprintable() else "�" for sign in text)
+
+
+def short(text: str, most: int) -> str:
+    """At most so many signs; what is left out is in the middle, since names differ at their ends.
+
+    >>> short("model.layers.0.self_attn.q_proj", 20)
+    'model.laye…tn.q_proj'
+    """
+    if len(text) <= most:
+        return text
+    head = (most - 1 + 1) // 2
+    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
+
+
+def file_name(text: str) -> str:
+    """A name that is safe in a path and in a link.
+
+    >>> file_name("org/<my> model"), file_name("../..")
+    ('org-my-model', 'model')
+    """
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:96].rstrip("-.") or "model"
+
+
+def ranks_told(ranks: tuple[int, int] | None) -> str:
+    """`32`, or `8–64`.
+
+    >>> ranks_told((32, 32)), ranks_told((8, 64)), ranks_told(None)
+    ('32', '8–64', '–')
+    """
+    if ranks is None:
+        return "–"
+    return str(ranks[0]) if ranks[0] == ranks[1] else f"{ranks[0]}–{ranks[1]}"
+
+
+def bound(value: float | None) -> str:
+    """An upper bound, rounded up to one digit; a dash where there is none.
+
+    >>> bound(4.12e-7), bound(0.0), bound(None)
+    ('5×10⁻⁷', '0', '–')
+    """
+    if value is None:
+        return "–"
+    if value <= 0:
+        return "0"
+    power = math.floor(math.log10(value))
+    head = math.ceil(value / 10.0**power - 1e-9)
+    head, power = (1, power + 1) if head == 10 else (head, power)
+    return f"{head}×10{str(power).translate(_RAISED)}"
+
+
+def seconds(value: float) -> str:
+    """A time as people say it.
+
+    >>> [seconds(value) for value in (0.0042, 7.31, 95, 7300)]
+    ['4 ms', '7.3 s', '1.6 min', '2.0 h']
+    """
+    if value < 1:
+        return f"{1e3 * value:.0f} ms"
+    if value < 90:
+        return f"{value:.1f} s"
+    return f"{value / 60:.1f} min" if value < 5400 else f"{value / 3600:.1f} h"
+
+
+def counted(number: int, noun: str) -> str:
+    """With its plural.
+
+    >>> counted(1, "tensor"), counted(2, "tensor")
+    ('1 tensor', '2 tensors')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def words(status: str) -> str:
+    """A row's status, as a person says it.
+
+    >>> words("zero_filled"), words("failed")
+    ('zero-filled', 'failed')
+    """
+    return {"zero_filled": "zero-filled", "carried": "kept whole", "skipped": "left out"}.get(status, status)
+
+
+def verdict(report: ModelReport) -> str:
+    """The page in one sentence; empty where nothing is adapted."""
+    summary = report.summary
+    if report.ranks is None:
+        return ""
+    weight = f", {percent(report.adapter_bytes / report.checkpoint_bytes)} of the checkpoint," if report.checkpoint_bytes else ""  # fmt: skip
+    whole = f"; {percent(summary.carried_energy, 2)} is kept whole beside them" if summary.carried else ""
+    return (
+        f"{size(report.adapter_bytes)}{weight} keep {percent(summary.preserved_energy)} of what fine-tuning changed in {counted(summary.adapted, 'weight')}, "
+        f"which hold {percent(summary.coverage)} of the whole change{whole}."
+    )
