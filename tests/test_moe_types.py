@@ -56,6 +56,24 @@ def test_full_rank_is_the_fine_tune(model_type: str, as_in_memory: bool, tmp_pat
     assert models.distance(models.outputs(base), wanted) > 0.1
 
 
+@pytest.mark.parametrize("model_type", ["jamba", "lfm2_moe", "qwen3_next"])
+def test_what_a_mixer_reads_past_its_modules_is_kept_whole(model_type: str, tmp_path: Path) -> None:
+    """Depthwise kernels and dt_proj, by `--carry all`; what is a bare parameter has no place in PEFT."""
+    base = models.moe(model_type)
+    tuned = models.moved(base, where=models.everything, scale=0.03)
+    folders, out = (models.save(base, tmp_path / "b"), models.save(tuned, tmp_path / "t")), tmp_path / "out"
+    runs.extract(*folders, out, rank=FULL, dialect="peft", carry="all")
+    rows = runs.rows(out).values()
+    kept = [row.tensor for row in rows if row.status == "carried"]
+    for name in LEFT_OUT[model_type] - {"mamba.A_log"}:
+        assert any(tensor.endswith(name) for tensor in kept)
+    left_out = [row.tensor for row in rows if row.status == "skipped"]
+    completed = models.with_tensors_of(*folders, left_out, tmp_path / "completed")
+    model = models.loaded(type(base).from_pretrained(completed).eval(), out)
+    assert models.distance(models.outputs(model), models.outputs(tuned)) < 1e-4
+    assert verify(*map(str, folders), str(out)).passed
+
+
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "minimax"])
 def test_no_rank_is_worse_than_a_smaller_one(model_type: str, tmp_path: Path) -> None:
     base = models.moe(model_type)

@@ -21,6 +21,7 @@ _EMBEDDING = re.compile(
 # Looked up by a forward of their own (OPT, BART, Whisper), by none (DeBERTa), under another name in memory (GPT-NeoX), or as
 # a bare weight by the forward around them (Mamba): a LoRA beside them fails, or is never asked.
 _TABLE = re.compile(r"^(embed_positions|rel_embeddings|embed_out|dt_proj)$")
+_OWN_NAME = re.compile(r"(^|\.)(embed_positions|rel_embeddings|dt_proj)\.weight$")
 _HEAD = re.compile(r"(^|\.)(lm_head|output_projection|output_layer)$|^output$")
 _TOWER = re.compile(r"(^|\.)(vision\w*|visual|audio\w*|image\w*|multi_modal_projector|mm_projector|connector)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -97,6 +98,12 @@ def shadowed(module: str, kind: Kind) -> bool:
 def has_experts(names: Iterable[str]) -> bool:
     """Whether any tensor or module is an expert's, or a stack of them."""
     return any(_EXPERT.search(name) or _STACKED.search(name) for name in names)
+
+
+def keeps_whole(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor without a low-rank form may be a part of a module that is kept whole, where loaders know it by this name."""
+    kind = kind_of(name, shape)
+    return kind in {"norm", "bias"} or (kind == "other" and (len(shape) == 1 or bool(_OWN_NAME.search(name))))
 
 
 def tower_refusal(name: str) -> str:
