@@ -23,6 +23,7 @@ from phlora_pipeline.errors import CheckpointError, quoted
 
 _STACK = re.compile(r"(?P<at>(?:.+\.)?experts)\.gate_up_proj(?P<weight>(?:\.weight)?)")
 _ONE = re.compile(r"(?P<at>(?:.+\.)?experts)\.(?P<expert>\d+)\.(?P<leaf>\w+)")
+GATE_UP = "experts.gate_up_proj"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -114,6 +115,16 @@ def parameter_of(module: str) -> str:
     """
     match = _ONE.fullmatch(module)
     return f"{match['at']}.{match['leaf']}" if match else f"{module}.weight"
+
+
+def fused_into(module: str, model_type: str) -> str:
+    """The end of the name of the parameter that transformers 5 makes of single experts' matrices of this kind.
+
+    >>> fused_into("layers.0.block_sparse_moe.experts.3.w1", "mixtral")
+    'experts.gate_up_proj'
+    """
+    down = module.rpartition(".")[2] == targets.expert_names(model_type)["down"]
+    return "experts.down_proj" if down else GATE_UP
 
 
 def number_of(module: str) -> int:

@@ -16,7 +16,9 @@ from phlora_pipeline.quantised import Stored, quantisation
 
 _INTEGERS = frozenset({"U8", "I8", "I16", "U16", "I32", "U32", "F4"})
 _OF_TRANSFORMERS = "load it with transformers, {}, and save_pretrained"
+_LOADED_DENSE = "quantization_config=CompressedTensorsConfig(dequantize=True)"
 _BY_METHOD = _OF_TRANSFORMERS.format("call model.dequantize()")
+_BY_ITS_LIBRARY = "by the library that packed it"
 _BY_CONVERTING = "compressed_tensors' convert_checkpoint does it, with {}"
 
 
@@ -40,7 +42,7 @@ _FORMATS = (
         "bitsandbytes", _BY_METHOD,
     ),
     _format(
-        "compressed-tensors, packed", r"\.weight_packed$", "compressed-tensors", _BY_CONVERTING.format("CompressedTensorsDequantizer")
+        "compressed-tensors, packed", r"\.weight_packed$", "compressed-tensors", _OF_TRANSFORMERS.format(_LOADED_DENSE)
     ),
     _format("MXFP4", r"_blocks$", "mxfp4", _OF_TRANSFORMERS.format("quantization_config=Mxfp4Config(dequantize=True)")),
     _format("HQQ", r"\.W_q$", "hqq", "each HQQLinear has dequantize()"),
@@ -84,7 +86,8 @@ def _marked(tensors: Mapping[str, Stored], method: str) -> Iterator[tuple[str, _
         # Buffers of integers are common, weights of integers are not: those have a scale, or a config that tells of them.
         packed = stored.dtype in _INTEGERS and name.endswith("weight") and len(stored.shape) >= 2
         if packed and (method or any(f"{name}{last}" in tensors for last in ("_scale", "_scale_inv", "_scales"))):
-            yield name, _format(method or "integers with scales", "", "", _BY_METHOD)
+            how = _OF_TRANSFORMERS.format(_LOADED_DENSE) if method == "compressed-tensors" else _BY_ITS_LIBRARY
+            yield name, _format(method or "integers with scales", "", "", how)
 
 
 def _is_real(known: _Format, name: str, tensors: Mapping[str, Stored]) -> bool:

@@ -53,12 +53,44 @@ def gpt_oss() -> PreTrainedModel:
     return _build("GptOss", "ForCausalLM", **EXPERTS, head_dim=8, num_local_experts=4, rope_parameters=plain)
 
 
+_MOE = {
+    **EXPERTS, "head_dim": 8, "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "moe_intermediate_size": 24,
+    "moe_k": 2, "moe_topk": 2, "n_group": 1, "topk_group": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    # One dense layer, and shared experts, where the family has such.
+    "first_k_dense_replace": 1, "num_dense_layers": 1, "moe_layer_start_index": 1, "n_shared_experts": 1, "num_shared_experts": 1,
+    "moe_num_shared_experts": 1, "shared_expert_intermediate_size": 24,
+    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "index_topk": 4, "index_n_heads": 2, "index_head_dim": 8,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "mamba_d_state": 8, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0, "use_mamba_kernels": False,
+}  # fmt: skip
+_OF_TYPE = {
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0},
+}
+
+
+def moe(model_type: str) -> PreTrainedModel:
+    """A model of any type with experts: of the settings above those that its config knows."""
+    family = transformers.AutoConfig.for_model(model_type).__class__
+    known = set().union(*(getattr(ancestor, "__annotations__", {}) for ancestor in family.__mro__))
+    # Of attention over a compressed cache, each head has keys of its own.
+    heads = {"num_key_value_heads": 4} if "kv_lora_rank" in known else {}
+    settings = {**_MOE, **heads, **_OF_TYPE.get(model_type, {})}
+    config = family(**{name: value for name, value in settings.items() if name in known})
+    return _filled(lambda: transformers.AutoModelForCausalLM.from_config(config))
+
+
 def _build(family: str, head: str, **settings: object) -> PreTrainedModel:
     """The same random weights at every call; `eval`, since dropout cannot be compared."""
     config = getattr(transformers, f"{family}Config")(**settings)
+    return _filled(lambda: getattr(transformers, family + head)(config))
+
+
+def _filled(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model: PreTrainedModel = getattr(transformers, family + head)(config)
+        model = make()
     # Weights of a trained model's size: with the initial 0.02 the layers hardly count beside the residual stream.
     with torch.no_grad():
         for parameter in model.parameters():

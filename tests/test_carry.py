@@ -97,7 +97,9 @@ class TestModels:
 
     pytestmark = OF_PEFT
 
-    @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "bert", "gpt2", "mixtral", "qwen3-moe", "mpnet"])
+    @pytest.mark.parametrize(
+        "name", ["llama", "llama-tied", "qwen2", "bert", "gpt2", "mixtral", "qwen3-moe", "mpnet", "opt", "deberta-v2"]
+    )
     def test_at_full_rank_it_is_the_fine_tune(self, name: str, tmp_path: Path) -> None:
         base = {**models.MODELS, **models.STRANGERS}[name]()
         tuned = models.moved(base, where=models.everything)

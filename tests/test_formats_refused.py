@@ -61,14 +61,14 @@ CASES = {
     "bitsandbytes, four bits": Seen(NF4, {"quant_method": "bitsandbytes"}, "bitsandbytes", "model.dequantize()"),
     "bitsandbytes, eight bits": Seen(INT8, {}, "bitsandbytes", "model.dequantize()"),
     "compressed-tensors, packed": Seen(
-        PACKED, {"quant_method": "compressed-tensors", "format": "pack-quantized"}, "packed", "CompressedTensorsDequantizer"
+        PACKED, {"quant_method": "compressed-tensors", "format": "pack-quantized"}, "packed", "CompressedTensorsConfig(dequantize=True)"
     ),
-    "compressed-tensors, integers": Seen(W8A8, {"quant_method": "compressed-tensors"}, "compressed-tensors", "dequantise"),
-    "integers with scales": Seen(W8A8, {}, "integers with scales", "dequantise"),
+    "compressed-tensors, integers": Seen(W8A8, {"quant_method": "compressed-tensors"}, "compressed-tensors", "CompressedTensorsConfig(dequantize=True)"),
+    "integers with scales": Seen(W8A8, {}, "integers with scales", "by the library that packed it"),
     "MXFP4": Seen(MXFP4, {"quant_method": "mxfp4"}, "MXFP4", "Mxfp4Config"),
-    "NVFP4": Seen(NVFP4, {"quant_method": "modelopt"}, "modelopt", "dequantise"),
+    "NVFP4": Seen(NVFP4, {"quant_method": "modelopt"}, "modelopt", "by the library that packed it"),
     "HQQ": Seen(HQQ, {"quant_method": "hqq"}, "HQQ", "HQQLinear"),
-    "a method of tomorrow": Seen({".weight": integers(8, 16)}, {"quant_method": "tomorrow"}, "tomorrow", "dequantise"),
+    "a method of tomorrow": Seen({".weight": integers(8, 16)}, {"quant_method": "tomorrow"}, "tomorrow", "by the library that packed it"),
 }  # fmt: skip
 
 

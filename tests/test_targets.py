@@ -43,6 +43,8 @@ KINDS = [
     ("encoder.layer.0.output.LayerNorm.bias", (8,), "bias"),
     ("model.layers.0.self_attn.q_proj.bias", (8,), "bias"),
     ("patch_embed.proj.weight", (8, 3, 4, 4), "conv"),
+    ("model.layers.0.block_sparse_moe.input_linear.weight", (4, 96, 32), "expert"),
+    ("model.layers.0.mamba.dt_proj.weight", (64, 8), "other"),
     ("lstm.weight_ih_l0", (32, 8), "other"),
     ("in_proj_weight", (24, 8), "other"),
     ("logit_scale", (), "other"),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from phlora_pipeline import convolutions, targets
+from phlora_pipeline import convolutions, experts, targets
 from phlora_pipeline.adapter.slots import Layout
 from phlora_pipeline.plan import Plan
 
@@ -28,6 +28,8 @@ def adapter_config(plan: Plan, layout: Layout, base_name: str, architectures: Se
     parameters = sorted(set(layout.parameters.values()))
     # PEFT and vLLM read a key as a regular expression for the end of a module's name; from `^` on it is the whole of it.
     pattern = {f"^{re.escape(module)}": rank for module, rank in layout.ranks.items()}
+    if experts.GATE_UP in parameters:  # two pairs in one, a block each
+        pattern[rf".*\.{re.escape(experts.GATE_UP)}"] = 2 * plan.written_rank
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if causal else None,

@@ -82,6 +82,9 @@ def make_layout(
     if rules.unets_only:
         slots = [renamed for slot in slots for renamed in kohya_slots(slot)]
     parameters = {module: experts.parameter_of(module) for module in sorted(bare)}
+    if targets.names_parameters(plan.model_type, plan.dialect):
+        single = [module for module in sorted(adapted | zero) if plan.matrices[module].kind == "expert"]
+        parameters |= {module: experts.fused_into(module, plan.model_type) for module in single}
     turned = any(targets.is_transposed(module, plan.model_type) for module in adapted - bare)
     kept = [*_whole(plan, whole, tuned or {})]
     if moved:
@@ -161,7 +164,8 @@ def _rank_of_group(plan: Plan, pair: TensorPair, own: int) -> int:
 
 def _routers(plan: Plan, modules: frozenset[str]) -> set[str]:
     """Those that are no linear layers in memory."""
-    bare = targets.takes_parameters(plan.model_type, plan.dialect)
+    asked = plan.model_type, plan.dialect
+    bare = targets.takes_parameters(*asked) or targets.names_parameters(*asked)
     return {module for module in modules if bare and plan.matrices[module].kind == "router"}
 
 

@@ -121,14 +121,13 @@ def keep_whole(
     }
     adapted = {convolutions.whole_of(pair.module): pair.kind for pair in chosen if pair.name not in aside}
     wanted = aside | {
-        name: kind
+        name: targets.kind_of(name, ref.shape)
         for name, ref in tensors.items()
-        if (
-            (kind := targets.kind_of(name, ref.shape)) in {"norm", "bias"}
-            or (kind == "other" and len(ref.shape) == 1)
-            or (kind == "conv" and _kernel_refusal(name, ref.shape, shapes, selection))
+        if not selection.excludes(name)
+        and (
+            targets.keeps_whole(name, ref.shape)
+            or (targets.kind_of(name, ref.shape) == "conv" and _kernel_refusal(name, ref.shape, shapes, selection))
         )
-        and not selection.excludes(name)
     }
     places, without = carry.places(wanted, tensors, adapted)
     kept = [pair for pair in chosen if pair.name not in aside or pair.name in without]

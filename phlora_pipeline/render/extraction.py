@@ -65,7 +65,7 @@ def _some(result: ExtractResult, reason: str, most: int = 3) -> str:
     """The tensors with the largest change among those left out for a reason, with ‖ΔW‖/‖W‖."""
     told = [(name, relative) for name, why, _, relative in result.summary.left_out if why == reason]
     names = [f"{name} changed by {percent(relative, 2)}" for name, relative in told[:most]]
-    return ", ".join(names) + (" …" if len(told) > most else "")
+    return ", ".join(names) + (" … all of them: in the manifest" if len(told) > most else "")
 
 
 def plan_record(prepared: Sequence[Prepared]) -> dict[str, Any]:
@@ -111,7 +111,9 @@ def show_plan(prepared: Sequence[Prepared]) -> None:
     if made.carried:
         line(f"keep {len(made.carried)} tensors whole, where they changed: norms, biases, and what goes with them")
     for reason, names in sorted(grouped.items(), key=lambda item: -len(item[1])):
-        line(f"leave out {len(names)}: {reason} ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})")
+        line(
+            f"leave out {len(names)}: {reason} ({', '.join(names[:3])}{' … all of them: --json' if len(names) > 3 else ''})"
+        )
     line(
         f"read {size(made.nbytes)}, compute {made.flops / 1e12:.2f} TFLOP, {size(made.worker_bytes)} of memory per worker"
     )

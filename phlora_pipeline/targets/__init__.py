@@ -11,6 +11,7 @@ from phlora_pipeline.targets.kinds import (
     MATRIX_KINDS,
     Kind,
     has_experts,
+    keeps_whole,
     kernel_refusal,
     kind_of,
     module_of,
@@ -29,6 +30,7 @@ from phlora_pipeline.targets.servers import (
     is_conv1d,
     is_transposed,
     model_types,
+    names_parameters,
     server_refusal,
     server_rules,
     takes_parameters,
@@ -37,7 +39,7 @@ from phlora_pipeline.targets.servers import (
 
 __all__ = [
     "EXCLUDED", "MATRIX_KINDS", "Dialect", "Kind", "Selection", "ServerRules", "Targets", "dialects", "expert_names",
-    "families", "has_experts", "is_conv1d", "is_transposed", "kernel_refusal", "kind_of", "model_types", "module_of", "resized",
+    "families", "has_experts", "is_conv1d", "is_transposed", "keeps_whole", "kernel_refusal", "kind_of", "model_types", "module_of", "names_parameters", "resized",
     "server_refusal", "server_rules", "shadowed", "shape_refusal", "takes_parameters", "target_modules", "tower_refusal",
     "worth_grouping", "written_rank",
 ]  # fmt: skip

@@ -18,13 +18,14 @@ MATRIX_KINDS: frozenset[Kind] = frozenset(
 _EMBEDDING = re.compile(
     r"^(embed_tokens|embed_in|tokens_embed|positions_embed|embed(ding)?s?|wte|wpe|shared|relative_attention_bias)$|_embeddings?$"
 )
-# Looked up by a forward of their own (OPT, BART, Whisper), by none (DeBERTa), or under another name in memory (GPT-NeoX):
-# a LoRA beside them fails, or is never asked.
-_TABLE = re.compile(r"^(embed_positions|rel_embeddings|embed_out)$")
+# Looked up by a forward of their own (OPT, BART, Whisper), by none (DeBERTa), under another name in memory (GPT-NeoX), or as
+# a bare weight by the forward around them (Mamba): a LoRA beside them fails, or is never asked.
+_TABLE = re.compile(r"^(embed_positions|rel_embeddings|embed_out|dt_proj)$")
+_OWN_NAME = re.compile(r"(^|\.)(embed_positions|rel_embeddings|dt_proj)\.weight$")
 _HEAD = re.compile(r"(^|\.)(lm_head|output_projection|output_layer)$|^output$")
 _TOWER = re.compile(r"(^|\.)(vision\w*|visual|audio\w*|image\w*|multi_modal_projector|mm_projector|connector)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_STACKED = re.compile(r"(^|\.)experts\.[a-z]\w*(\.weight)?$")
+_STACKED = re.compile(r"(^|\.)experts\.[a-z]\w*(\.weight)?$|_moe\.(in|out)put_linear(\.weight)?$")
 _ROUTER = re.compile(r"\.(gate|router|router\.layer|shared_expert_gate)$")
 _NORM = re.compile(r"(norm\w*|(^|_)ln(_\w+)?\d*)$", re.IGNORECASE)
 # Nothing but the name or the bias tells: a transposed kernel is (in, out, height …), and its bias as long as out.
@@ -84,19 +85,25 @@ def _matrix_kind(module: str, leaf: str) -> Kind:
 
 
 def shadowed(module: str, kind: Kind) -> bool:
-    """Whether PEFT takes a module of a model with experts for one of them: dense layers, shared experts.
+    """Whether PEFT takes a module of a model with experts for one of them: dense layers, shared experts, gates of attention.
 
     On transformers 5 it turns every name of `target_modules` that ends so into the parameter that stacks the experts.
 
     >>> shadowed("layers.0.mlp.shared_expert.up_proj", "mlp"), shadowed("layers.0.mlp.experts.0.up_proj", "expert")
     (True, False)
     """
-    return kind == "mlp" and module.rpartition(".")[2] in {"gate_proj", "up_proj", "down_proj"}
+    return kind in {"mlp", "attention", "linear"} and module.rpartition(".")[2] in {"gate_proj", "up_proj", "down_proj"}
 
 
 def has_experts(names: Iterable[str]) -> bool:
     """Whether any tensor or module is an expert's, or a stack of them."""
     return any(_EXPERT.search(name) or _STACKED.search(name) for name in names)
+
+
+def keeps_whole(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor without a low-rank form may be a part of a module that is kept whole, where loaders know it by this name."""
+    kind = kind_of(name, shape)
+    return kind in {"norm", "bias"} or (kind == "other" and (len(shape) == 1 or bool(_OWN_NAME.search(name))))
 
 
 def tower_refusal(name: str) -> str:

@@ -33,6 +33,7 @@ class ServerRules:
         target_pattern: whether `target_modules` may be a regular expression.
         unets_only: whether it is for UNets of diffusion models alone, whose adapters have kohya's keys.
         stacked_experts: whether the type's experts are taken as one parameter for all of them.
+        renames_experts: whether the keys of single experts go with a config that names the parameters that they become.
         whole_families: whether what servers fuse or stack must be whole, with zero pairs in the gaps.
     """
 
@@ -50,6 +51,7 @@ class ServerRules:
     target_pattern: bool
     unets_only: bool
     stacked_experts: bool
+    renames_experts: bool
     whole_families: bool
 
     @property
@@ -82,6 +84,7 @@ def server_rules(model_type: str, dialect: Dialect) -> ServerRules:
         target_pattern=all(server["target_pattern"] for server in servers),
         unets_only=any(server["unets_only"] for server in servers),
         stacked_experts=all(model_type in server["stacked_experts"] for server in servers),
+        renames_experts=all(model_type in server.get("renamed_experts", ()) for server in servers),
         whole_families=any(server["whole_families"] for server in servers),
     )
 
@@ -130,6 +133,11 @@ def expert_names(model_type: str) -> Mapping[str, str]:
 def takes_parameters(model_type: str, dialect: Dialect) -> bool:
     """Whether experts, stacked, and routers are adapted as parameters, not as modules."""
     return server_rules(model_type, dialect).stacked_experts
+
+
+def names_parameters(model_type: str, dialect: Dialect) -> bool:
+    """Whether routers, and experts one by one, are in the config by the parameters that hold them in memory."""
+    return server_rules(model_type, dialect).renames_experts
 
 
 def written_rank(rank: int, grid: Sequence[int]) -> int:

@@ -21,9 +21,9 @@ def key_problems(pairs: Mapping[str, Pair], config: Mapping[str, Any], base: Che
     modules = {targets.module_of(name) for name in base.tensors}
     wanted, parameters = config.get("target_modules") or [], config.get("target_parameters") or []
     for module in sorted(pairs):
-        if not _matched(convolutions.whole_of(module), wanted) and not _matched(
-            experts.parameter_of(module), parameters
-        ):
+        fused = experts.GATE_UP in parameters and targets.kind_of(f"{module}.weight", (1, 1)) == "expert"
+        named = _matched(convolutions.whole_of(module), wanted) or _matched(experts.parameter_of(module), parameters)
+        if not (fused or named):
             yield f"{module} is in the file but not in target_modules: PEFT would drop it without a word"
         if module not in modules and targets.kind_of(f"{module}.weight", (1, 1)) != "lm_head":
             yield f"{module} is no module of the base: loaders would drop it without a word"
