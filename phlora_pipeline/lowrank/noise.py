@@ -6,7 +6,7 @@ of one step are a *class*; p is the share of a class that has changed at all, an
 - Where U is coarse beside q, or W_base has bits that the fine-tune cannot store, nearly all change, and the error is uniform:
   ΔW = U + noise of variance q²/12, whether the entry has changed or not.
 - Where U is fine beside q and W_base is itself such a number, few entries change, and those by a whole step: the class keeps a
-  part φ of its U, and the noise is φ·q²/12. For Gaussian U, φ = 1 − exp(−12p) is right to 6 % of itself for p ≥ 0.01. Classes
+  part φ of its U, and the noise is φ·q²/12. For Gaussian U, φ = 1 − exp(−12p) gives both to 3 % from p = 0.05 on. Classes
   that keep different parts scatter what they keep: noise again, of variance (φ − mean φ)²·s² for U of variance s² per entry.
 
 The base's own rounding is no noise: an adapter is put on this very base. It is one only where the base is stored more coarsely
@@ -232,8 +232,10 @@ def _edge_sq(rows: Tensor, columns: Tensor) -> Tensor:
     nearer = 1 - torch.logspace(math.log10(0.98), -2.5, 24, dtype=torch.float64).unsqueeze(1)
     p = nearer / b.max().clamp_min(_TINY)
     T = (columns_each * b / (1 - p * b)).sum(dim=1, keepdim=True) / k
-    weights, largest = rows_each * a / k, a.argmax()
-    z = T * a[largest] + weights[largest] / p  # not beyond the root: the sum is more than its largest term
+    weights, largest = rows_each * a / k, a.argmax().view(1)
+    z = (
+        T * a.index_select(0, largest) + weights.index_select(0, largest) / p
+    )  # not beyond the root: the sum is more than its largest term
     for _ in range(12):  # Newton's steps for 1/Σ = 1/p, which is nearly straight
         apart = (z - T * a).clamp_min(_TINY)
         total = (weights / apart).sum(dim=1, keepdim=True).clamp_min(_TINY)
