@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,12 +21,14 @@ class ApiServer:
     Attributes:
         rayjobs: as they stand.
         refusals: HTTP codes that the next requests are answered with.
+        bearers: whose token each request had.
     """
 
     def __init__(self, pattern: Document, operate: Callable[[Document], None]) -> None:
         self.rayjobs: dict[str, Document] = {pattern["metadata"]["name"]: pattern}
         self.refusals: list[int] = []
         self.address = ""
+        self.bearers: list[str] = []
         self._operate = operate
 
     @property
@@ -46,8 +49,10 @@ class ApiServer:
 
 
 @contextlib.contextmanager
-def running(pattern: Document, operate: Callable[[Document], None]) -> Iterator[ApiServer]:
-    """On a free port, until the end."""
+def running(
+    pattern: Document, operate: Callable[[Document], None], tls: ssl.SSLContext | None = None
+) -> Iterator[ApiServer]:
+    """On a free port, until the end; by HTTPS where it has a certificate."""
     api = ApiServer(pattern, operate)
 
     class Handler(BaseHTTPRequestHandler):
@@ -60,6 +65,7 @@ def running(pattern: Document, operate: Callable[[Document], None]) -> Iterator[
             self._answer(lambda: api.create(body))
 
         def _answer(self, done: Callable[[], tuple[int, Any]]) -> None:
+            api.bearers.append(self.headers.get("Authorization", ""))
             code, body = (api.refusals.pop(0), {"message": "not now"}) if api.refusals else done()
             data = json.dumps(body).encode()
             self.send_response(code)
@@ -72,7 +78,9 @@ def running(pattern: Document, operate: Callable[[Document], None]) -> Iterator[
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        api.address = f"http://127.0.0.1:{server.server_address[1]}"
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
+        api.address = f"http{'s' if tls else ''}://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         try:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import datetime as dt
+import ipaddress
 import os
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from jobs import kuberay
+from phlora_pipeline.errors import DeviceError
 from tests.cluster import api_server, schemas
 from tests.cluster.api_server import ApiServer
 from tests.cluster.manifests import ROOT, Document, named, pods, rendered
@@ -175,6 +184,56 @@ def test_two_pods_at_once_have_one_rayjob(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(kuberay.Api, "get", get)
         assert kuberay.main("phlora-night") == 0
         assert api.created == ["job-1"]
+
+
+def test_in_a_pod_it_trusts_the_clusters_authority_and_shows_the_accounts_token(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tls = certified(tmp_path)
+    (tmp_path / "token").write_text("first\n")
+    monkeypatch.setattr(kuberay, "ACCOUNT", tmp_path)
+    pattern = named(rendered("cpu"), "RayJob")
+
+    def operate(rayjob: Document) -> None:
+        rayjob["status"].update(GOOD)
+        (tmp_path / "token").write_text("second\n")  # Kubernetes replaces it every hour
+
+    with api_server.running(pattern, operate, tls) as api:
+        given(monkeypatch, api)
+        host, port = api.address.removeprefix("https://").split(":")
+        monkeypatch.delenv("KUBERNETES_API")
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", host)
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", port)
+        assert kuberay.main("phlora-night") == 0
+        assert api.bearers == ["Bearer first"] * 3 + ["Bearer second"]
+
+        # Another authority's word is not taken.
+        certified(tmp_path)
+        monkeypatch.setattr(kuberay, "PATIENCE_SECONDS", 0.0)
+        with pytest.raises(DeviceError, match="CERTIFICATE_VERIFY_FAILED"):
+            kuberay.main("phlora-night")
+
+
+def certified(folder: Path) -> ssl.SSLContext:
+    """A server's certificate for this machine, signed by itself; what a pod trusts goes into ca.crt."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = dt.datetime.now(dt.UTC)
+    made = (
+        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+        .serial_number(x509.random_serial_number()).not_valid_before(now - dt.timedelta(days=1)).not_valid_after(now + dt.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    ).public_bytes(serialization.Encoding.PEM)  # fmt: skip
+    (folder / "ca.crt").write_bytes(made)
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (folder / "server.pem").write_bytes(private + made)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.pem")
+    return context
 
 
 def given(monkeypatch: pytest.MonkeyPatch, api: ApiServer) -> None:
