@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from phlora_pipeline import targets
+from phlora_pipeline import ranks, targets
 from phlora_pipeline.manifest import EnergyRow
 from phlora_pipeline.plan import Plan
 from phlora_pipeline.summary import Summary, percent, reasons, size, summarize
@@ -65,10 +65,10 @@ def model_card(
 
 def _chosen(plan: Plan, rows: Sequence[EnergyRow], sizes: tuple[int, int]) -> list[str]:
     """How ranks came about, where a policy chose them."""
-    own = sorted(row.rank for row in rows if row.rank is not None)
+    own = [row.rank for row in rows if row.rank is not None]
     if not plan.policy.chooses or not own:
         return []
-    told = f"Ranks were chosen {plan.policy.words}: {own[0]} to {own[-1]}, median {own[len(own) // 2]}; `energy.parquet` has each tensor's."
+    told = f"Ranks were chosen {plan.policy.words}: {ranks.spread_words(own)}; `energy.parquet` has each tensor's."
     padded, natural = sizes
     if padded > natural:
         told += f" All are zero-padded to {plan.written_rank}: {size(padded)}, of which {size(natural)} would do if each were written at its own rank (`--for peft` or `vllm`)."

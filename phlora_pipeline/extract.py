@@ -188,9 +188,9 @@ class Worker:
                         done[member.part_url] = _gone(member, after)
                         continue
                     nbytes += pieces[number][0].nbytes
-                    dtype = TORCH_DTYPES[member.block.pairs[row].tuned.dtype]
-                    noises[member.part_url] += lowrank.rounding_noise([(before[0], after[0])], [dtype], self.device)
-                    found[member.part_url] += lowrank.measure([(before[0], after[0])], self.device)
+                    piece = [(before[0], after[0])]
+                    noises[member.part_url] += lowrank.rounding_noise(piece, [_stored(member.block.pairs[row])])
+                    found[member.part_url] += lowrank.measure(piece, self.device)
                 left = [member for member in left if member.part_url not in done]
                 if not left:
                     return nbytes
@@ -245,7 +245,7 @@ def compute(
         One result per pair, in the block's order, and the CPU factors of those that were factorised.
     """
     pairs, sides = member.block.pairs, list(zip(base, tuned, strict=True))
-    noises = lowrank.rounding_noise(sides, [TORCH_DTYPES[pair.tuned.dtype] for pair in pairs], device)
+    noises = lowrank.rounding_noise(sides, [_stored(pair) for pair in pairs])
     if member.block.purpose == "measure":
         outcomes = lowrank.measure(sides, device)
     else:
@@ -321,6 +321,10 @@ def _base(member: Member) -> list[TensorRef]:
 
 def _tuned(member: Member) -> list[TensorRef]:
     return [pair.tuned for pair in member.block.pairs]
+
+
+def _stored(pair: TensorPair) -> tuple[torch.dtype, torch.dtype]:
+    return TORCH_DTYPES[pair.base.dtype], TORCH_DTYPES[pair.tuned.dtype]
 
 
 def _result(pair: TensorPair, found: lowrank.Outcome, noise: lowrank.Noise) -> TensorResult:

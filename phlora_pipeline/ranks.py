@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -129,6 +129,18 @@ class Policy:
 
 
 FIXED = Policy()
+
+
+def spread_words(own: Iterable[int]) -> str:
+    """Some ranks, in words.
+
+    >>> spread_words([3, 40, 12]), spread_words([6, 6])
+    ('3 to 40, median 12', '6')
+    """
+    ordered = sorted(own)
+    if ordered[0] == ordered[-1]:
+        return str(ordered[0])
+    return f"{ordered[0]} to {ordered[-1]}, median {ordered[len(ordered) // 2]}"
 
 
 def fixed(spectrum: Spectrum, rank: int) -> int:

@@ -71,6 +71,8 @@ def _extract(
     run = Run.begin(config.out, config.model_dump(mode="json") | {"ranks": [one.rank for one, _ in planned]})
     results = []
     with pipeline.failures_recorded(run, plans[-1], keep_parts=config.keep_parts):
+        for warning in {text: None for plan in plans[:-1] for text in plan.warnings if text not in plans[-1].warnings}:
+            observer.warn(warning)
         lost = pipeline.compute(largest, plans[-1], resources, observer, run)
         for one, prepared in planned:
             found = pipeline.standing(one, prepared) or pipeline.conclude(one, prepared, lost, run.url)

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,11 @@ PAIR = {"base": "/models/base", "tuned": "/models/tuned", "out": "/adapters/a"}
         ({"energy": 1.01}, "energy: "),
         ({"energy": "nan"}, "energy: "),
         ({"energy": 0.9, "max_rank": 513}, "got 513"),
+        ({"energy": 0.9, "budget": "5MB"}, "energy and budget are different ways to choose ranks"),
+        ({"rank": "auto", "budget": "5MB"}, "budget and rank auto are different ways"),
+        ({"rank": "auto", "max_rank": 513}, "got 513"),
+        ({"rank": True}, "rank must be between 1 and 512, or auto, got"),
+        ({"budget": "much"}, "budget: a budget is a size of the adapter's file, such as 200MB"),
         ({"tolerance": 0}, "tolerance: "),
         ({"tolerance": 1.5}, "tolerance: "),
         ({"ranks": 3}, "ranks: "),
@@ -67,6 +73,17 @@ def test_a_wrong_setting_is_one_line_that_names_it(wrong: dict[str, object], tol
 @pytest.mark.parametrize("rank", [1, MAX_RANK])
 def test_the_ends_of_the_range_are_in_it(rank: int) -> None:
     assert run_config(**PAIR, rank=rank).max_rank == rank
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "rank"),
+    [({"rank": "auto"}, "auto", "auto"), ({"budget": "5 MB"}, "budget", 128), ({"rank": "16"}, "fixed", 16)],
+)
+def test_a_policy_has_a_cap_and_outlives_a_round_trip(given: dict[str, Any], name: str, rank: object) -> None:
+    made = run_config(**PAIR, **given)
+    assert (made.policy.name, made.rank) == (name, rank)
+    assert made.max_rank == made.most_rank == (16 if name == "fixed" else 128)
+    assert run_config(**made.model_dump()) == made
 
 
 def test_a_threshold_of_energy_has_a_cap_and_the_rank_gives_way() -> None:

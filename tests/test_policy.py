@@ -14,6 +14,7 @@ from phlora_pipeline import pipeline
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.verify import verify
 from tests import runs, toys
+from tests.test_experts import MIXTRAL, stacked
 
 Pair = tuple[Path, Path]
 
@@ -147,3 +148,27 @@ def test_what_padding_costs_is_told(pair: Pair, tmp_path: Path) -> None:
     natural = runs.extract(*pair, tmp_path / "natural", energy=0.8, dialect="vllm")
     assert natural.ranks == padded.ranks
     assert natural.natural_bytes == padded.natural_bytes == weights(tmp_path / "natural") < weights(tmp_path / "padded")
+
+
+@pytest.mark.parametrize("dialect", ["peft", "portable"])
+def test_experts_share_one_rank_and_the_budget_is_kept(dialect: str, tmp_path: Path) -> None:
+    base = stacked(layers=1)
+    folders = toys.save(tmp_path / "base", base, MIXTRAL), toys.save(tmp_path / "tuned", toys.fine_tuned(base), MIXTRAL)
+    out = tmp_path / "out"
+    result = runs.extract(*folders, out, budget="9kB", dialect=dialect, max_rank=8)
+    assert weights(out) <= 9000
+    assert (result.rank > 1) == (dialect == "peft")  # the portable grid goes on at 8
+    assert any("one rank" in warning for warning in result.warnings)
+    assert verify(str(folders[0]), str(folders[1]), str(out)).passed
+
+
+def test_what_is_tied_is_paid_twice(tmp_path: Path) -> None:
+    base = toys.llama_tensors(layers=1)
+    del base["lm_head.weight"]
+    config = {**toys.LLAMA, "tie_word_embeddings": True}
+    folders = toys.save(tmp_path / "base", base, config), toys.save(tmp_path / "tuned", toys.fine_tuned(base), config)
+    runs.extract(*folders, tmp_path / "out", budget="20kB", dialect="peft", max_rank=32)
+    assert 19_000 < weights(tmp_path / "out") <= 20_000
+    keys = {key for key in load_file(tmp_path / "out" / "adapter_model.safetensors") if "lora_A" in key}
+    assert {key for key in keys if "lm_head" in key}
+    assert {key for key in keys if "embedding" in key}

@@ -153,7 +153,9 @@ MODELS = "bases: {b: /b}\nmodels:\n"
         (LEAST + "\nrun: {\n  engin: ray}\n", "line 4: run: unknown key 'engin'; did you mean 'engine'?"),
         (LEAST + MODELS + "- {url: /m, base: b}\n- url: /n\n  bsae: b\n", "line 6: models[1]: unknown key 'bsae'; did you mean 'base'?"),
         (LEAST + "bases:\n  b:\n    ulr: /b\n", "line 4: bases.b: unknown key 'ulr'; did you mean 'url'?"),
-        (LEAST + "extract:\n  rank: 0\n", "line 3: extract.rank: input should be greater than or equal to 1, got '0'"),
+        (LEAST + "extract:\n  rank: 0\n", "line 3: extract.rank: rank must be between 1 and 512, got '0' (see"),
+        (LEAST + "extract:\n  budget: 5 apples\n", "line 3: extract.budget: a budget is a size of the adapter's file, such as 200MB"),
+        (LEAST + "extract:\n  rank: auto\n  energy: 0.9\n", "line 2: extract: energy and rank auto are different ways to choose ranks"),
         (LEAST + "extract:\n  rank: 2.5\n", "line 3: extract.rank: "),
         (LEAST + "extract:\n  for: ollama\n", "line 3: extract.for: "),
         (LEAST + "extract:\n  energy: 1.5\n", "line 3: extract.energy: "),
@@ -380,6 +382,27 @@ class TestSettings:
         assert settings_for(zoo, "a").max_rank == 40
         with pytest.raises(RequestError, match=r"max_rank must be between rank \(64\) and 512, got 40"):
             settings_for(zoo, "ab")
+
+    @pytest.mark.parametrize(
+        ("zoos", "models", "policy"),
+        [
+            ("{rank: auto}", "{}", "auto"),
+            ("{rank: auto}", "{budget: 5MB}", "budget"),
+            ("{rank: auto}", "{energy: 0.9}", "energy"),
+            ("{rank: auto}", "{rank: 8}", "fixed"),
+            ("{budget: 5MB}", "{rank: auto}", "auto"),
+            ("{budget: 5MB}", "{energy: 0.9}", "energy"),
+            ("{budget: 5MB, max_rank: 64}", "{for: peft}", "budget"),
+            ("{energy: 0.9}", "{budget: 5MB}", "budget"),
+            ("{energy: 0.9}", "{energy: null, rank: 8, max_rank: 8}", "fixed"),
+        ],
+    )
+    def test_a_later_way_to_choose_ranks_takes_the_place_of_an_earlier_one(
+        self, zoos: str, models: str, policy: str
+    ) -> None:
+        made = settings_for(self.zoo(zoos, ("*", models)), "m")
+        again = made.run_config(base="/b", tuned="/t", out="/o", base_name="", run=loads(LEAST).run)
+        assert again.policy.name == policy
 
     def test_fields_are_those_of_an_extraction(self) -> None:
         """Name, type and default: a setting that an extraction learns, or unlearns, must be met here."""

@@ -33,7 +33,7 @@ class Done:
 def extract(base: Path, tuned: Path, out: Path, options: Sequence[str] = (), *, expect: int = 0) -> Done:
     """`phlora extract`, for PEFT: no server among those of the portable dialect takes these model types."""
     ranks = ["--rank", str(RANK), "--max-rank", str(MAX_RANK)]
-    return _phlora(
+    return phlora(
         "extract",
         "--base",
         str(base),
@@ -52,15 +52,15 @@ def extract(base: Path, tuned: Path, out: Path, options: Sequence[str] = (), *, 
 
 def verify(base: Path, tuned: Path, adapter: Path) -> Done:
     """`phlora verify`: measures the adapter's bytes against the two checkpoints."""
-    return _phlora("verify", "--base", str(base), "--tuned", str(tuned), "--adapter", str(adapter), "--json")
+    return phlora("verify", "--base", str(base), "--tuned", str(tuned), "--adapter", str(adapter), "--json")
 
 
 def convert(pickle: Path, out: Path) -> Done:
     """`phlora convert`: a pickle becomes `out/model.safetensors`."""
-    return _phlora("convert", str(pickle), str(out), "--json")
+    return phlora("convert", str(pickle), str(out), "--json")
 
 
-def _phlora(*arguments: str, expect: int = 0) -> Done:
+def phlora(*arguments: str, expect: int = 0) -> Done:
     start = time.monotonic()
     # An error that is expected is nothing to alarm the reader with.
     stderr = subprocess.PIPE if expect else None

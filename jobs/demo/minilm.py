@@ -61,31 +61,31 @@ def prepare(root: Path, say: Callable[[str], None]) -> Pair:
         base=base,
         tuned=tuned,
         adapter=folder / "adapter-r32",
-        scores=partial(_scores, base, tuned, texts),
+        scores=partial(scores_of, base, tuned, texts),
         promised_points=2.0,
     )
 
 
 def _train(corpus: Corpus, body: Path, folder: Path) -> None:
-    model, tokenizer = _model(body, labelled=False), _tokenizer(body)
-    sentences = _sample(corpus.train, _STEPS * _BATCH)
+    model, tokenizer = load_model(body, labelled=False), load_tokenizer(body)
+    sentences = sample(corpus.train, _STEPS * _BATCH)
     fit_probe(model, tokenizer, sentences[:_PROBE_SENTENCES])
-    _save(model, tokenizer, folder / "base")
+    save(model, tokenizer, folder / "base")
     fine_tune(model, tokenizer, sentences, batch=_BATCH, peak=_PEAK, seed=_SEED)
-    _save(model, tokenizer, folder / "tuned")
+    save(model, tokenizer, folder / "tuned")
 
 
-def _scores(base: Path, tuned: Path, texts: Path, adapter: Path) -> Scores:
+def scores_of(base: Path, tuned: Path, texts: Path, adapter: Path) -> Scores:
     from peft import PeftModel
 
-    tokenizer, sentences = _tokenizer(base), _sample(read_corpus(texts).held_out, _HELD_OUT_SENTENCES)
-    model = _model(base)
+    tokenizer, sentences = load_tokenizer(base), sample(read_corpus(texts).held_out, _HELD_OUT_SENTENCES)
+    model = load_model(base)
     before = accuracy(model, tokenizer, sentences)
     adapted = accuracy(PeftModel.from_pretrained(model, str(adapter)), tokenizer, sentences)
-    return Scores(base=before, tuned=accuracy(_model(tuned), tokenizer, sentences), adapted=adapted)
+    return Scores(base=before, tuned=accuracy(load_model(tuned), tokenizer, sentences), adapted=adapted)
 
 
-def _model(folder: Path, *, labelled: bool = True) -> Any:
+def load_model(folder: Path, *, labelled: bool = True) -> Any:
     from transformers import BertForTokenClassification
 
     # The packaged encoder has no head, so its labels are given and its new head starts from a constant seed.
@@ -96,17 +96,17 @@ def _model(folder: Path, *, labelled: bool = True) -> Any:
     return loader.from_pretrained(folder, dtype=torch.float32, **labels).eval()
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _sample(sentences: Sequence[Sentence], number: int) -> list[Sentence]:
+def sample(sentences: Sequence[Sentence], number: int) -> list[Sentence]:
     """The same sentences on every call, from all genres."""
     return random.Random(_SEED).sample(sentences, number)  # noqa: S311  # no secret

@@ -86,7 +86,7 @@ def plan_record(prepared: Sequence[Prepared]) -> dict[str, Any]:
         "flops": made.flops,
         "worker_bytes": made.worker_bytes,
         "adapter_parameters": made.adapter_parameters,
-        "warnings": made.warnings,
+        "warnings": ranks.warnings(prepared),
     }
 
 
@@ -117,7 +117,7 @@ def show_plan(prepared: Sequence[Prepared]) -> None:
     )
     for text in ranks.plan_lines(prepared):
         line(text)
-    for warning in made.warnings:
+    for warning in ranks.warnings(prepared):
         line(f"warning: {warning}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from phlora_pipeline.ranks import spread_words
 from phlora_pipeline.summary import size
 
 if TYPE_CHECKING:  # torch comes with them
@@ -13,10 +14,9 @@ if TYPE_CHECKING:  # torch comes with them
 
 def of_result(result: ExtractResult) -> str:
     """For the headline: `rank 32`, or the range that a policy chose."""
-    own = sorted(result.ranks.values())
-    if result.policy == "fixed" or not own:
+    if result.policy == "fixed" or not result.ranks:
         return f"rank {result.rank}"
-    return f"ranks {own[0]} to {own[-1]}, median {own[len(own) // 2]}"
+    return f"ranks {spread_words(result.ranks.values())}"
 
 
 def padding(result: ExtractResult) -> str:
@@ -43,6 +43,11 @@ def plan_record(prepared: Prepared) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def warnings(prepared: Sequence[Prepared]) -> list[str]:
+    """Of all plans, each once."""
+    return list(dict.fromkeys(warning for each in prepared for warning in each.plan.warnings))
+
+
 def plan_lines(prepared: Sequence[Prepared]) -> Iterator[str]:
     """What would be written, taking every target as changed."""
     if len(prepared) > 1:
@@ -58,6 +63,6 @@ def _line(prepared: Prepared) -> str:
         own = "ranks of its own for each tensor" if made.per_tensor_ranks else "one rank for all"
         return f"write an adapter within {policy.budget.words()}, {own}: rank {outlook.rank} for all would take {size(outlook.file_bytes)}, rank 1 {size(outlook.least_bytes)}"
     if policy.chooses:
-        return f"write an adapter with ranks chosen {policy.words}, at most {made.rank}: {size(outlook.least_bytes)} to {size(outlook.file_bytes)}"
+        return f"write an adapter with ranks chosen {policy.words}, up to rank {made.rank}: at most {size(outlook.file_bytes)}"
     padded = f", {size(outlook.natural_bytes)} of it not padding" if outlook.natural_bytes < outlook.file_bytes else ""
     return f"write an adapter of rank {made.rank}, {made.adapter_parameters:,} parameters: {size(outlook.file_bytes)}{padded}"

@@ -81,6 +81,8 @@ def asked_of(base: str, tuned: str, settings: ExtractSettings, base_name: str) -
         base_name: what the adapter will call its base.
     """
     chosen: dict[str, object] = {name: value for name, value in settings if name not in {"preset", "profile"}}
+    if settings.budget is None:
+        del chosen["budget"]  # it came later than many a zoo: whoever has none asks for nothing new
     profile = asdict(read_profile(settings.profile)) if settings.profile else None  # by what it says
     return {
         "base": base,

@@ -263,7 +263,7 @@ def _path(details: ErrorDetails) -> Path:
 def _told(document: Document, details: ErrorDetails) -> RequestError:
     """A validation error in our words, with its line."""
     path, context = _path(details), details.get("ctx", {})
-    what = context.get("what")
+    what = context.get("what") or (str(context["error"]) if "error" in context else None)
     if what is None:
         what = _WORDS.get(details["type"]) or details["msg"][:1].lower() + details["msg"][1:]
         if details["type"] != "missing":

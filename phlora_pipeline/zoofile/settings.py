@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from phlora_pipeline import config
-from phlora_pipeline.config import MAX_RANK, Dtype, RunConfig
+from phlora_pipeline.config import MAX_RANK, BudgetText, Dtype, Rank, RunConfig
 from phlora_pipeline.errors import quoted
 from phlora_pipeline.zoofile.document import Path
 
@@ -74,8 +74,9 @@ def _nullable(field: FieldInfo) -> bool:
 class ExtractSettings(Strict):
     """How adapters are extracted. In the file a layer: it only names what it changes, and is written out again as that."""
 
-    rank: int = Field(
-        default=32, ge=1, le=MAX_RANK, description="r of the adapter; with `energy`, the least that max_rank may be"
+    rank: Rank = Field(
+        default=32,
+        description="r of the adapter; auto: each tensor's singular values above its rounding noise; with `energy` or `budget`, the least that max_rank may be",
     )
     energy: float | None = Field(
         default=None,
@@ -83,11 +84,15 @@ class ExtractSettings(Strict):
         le=1,
         description="instead of a rank: each tensor gets the smallest with E_r of this or more",
     )
+    budget: BudgetText | None = Field(
+        default=None,
+        description="instead of a rank: what the weights' file of each model may take (200MB, 64MiB) or its parameters (12M-params), spent where it keeps most energy",
+    )
     max_rank: int = Field(
         default=0,
         ge=0,
         le=MAX_RANK,
-        description="singular values and vectors kept while computing; 0: the same as rank, with `energy` 128",
+        description="singular values and vectors kept while computing; 0: the same as rank, 128 where ranks are chosen",
     )
     targets: Literal["all", "linear", "paper"] = Field(
         default="all",
@@ -194,10 +199,18 @@ def merge(layers: Iterable[ExtractSettings]) -> ExtractSettings:
     for number, layer in enumerate(layers):
         if layer.preset and number > reset:
             named |= PRESETS[layer.preset]
-        named |= {name: getattr(layer, name) for name in layer.model_fields_set - {"preset"}}
+        own = {name: getattr(layer, name) for name in layer.model_fields_set - {"preset"}}
+        named = {name: value for name, value in named.items() if not _gives_way(name, value, own)} | own
     made = config.run_config(base="/base", tuned="/tuned", **named)  # any places: only the settings are wanted
     full = {name: getattr(made, name) for name in ExtractSettings.model_fields if name != "preset"}
     return ExtractSettings(**full, preset=None)
+
+
+def _gives_way(name: str, value: object, later: Mapping[str, Any]) -> bool:
+    """A way to choose ranks that an earlier layer names, where a later one names another."""
+    chosen = {way for way in ("energy", "budget") if later.get(way) is not None}
+    chosen |= {"rank"} if later.get("rank") == "auto" else set()
+    return bool(chosen) and (name in {"energy", "budget"} or (name == "rank" and value == "auto"))
 
 
 def _resets(layer: ExtractSettings) -> bool:

@@ -1,0 +1,1 @@
+"""Ways to choose ranks, compared on real pairs: `python -m jobs.policies`."""
