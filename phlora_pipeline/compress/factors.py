@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from phlora_pipeline import adapter, lowrank
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.lora import Adapter, LoraModule
 
-BATCH_BYTES = 128 << 20
+BATCH_BYTES = 32 << 20
 """Of factors in float32 that are decomposed at once."""
 
 Sigma = tuple[float, ...]
@@ -49,22 +50,36 @@ def decomposed(lora: Adapter, most: Callable[[LoraModule, Sigma], int], device: 
     Raises:
         CheckpointError: an entry of a factor is NaN or infinite.
     """
-    found: dict[str, Compact] = {}
-    for modules in _batches(lora.modules.values()):
-        factors = [module.factors() for module in modules]
-        A, B = (
-            torch.cat(sides).to(device) for sides in zip(*factors, strict=True)
-        )  # (b·experts, r, k), (b·experts, d, r)
-        whole = lowrank.compact(A, B, modules[0].scale)
-        count = modules[0].experts
-        for number, module in enumerate(modules):
-            own = slice(number * count, (number + 1) * count)
-            squares = whole.singular_values[own].square().sum(dim=0).tolist()
-            sigma = tuple(math.sqrt(square) for square in squares)
-            kept = most(module, sigma)
-            # Copies, so that what is cut off does not stay in memory.
-            cut = [side.cpu().clone() for side in (whole.A[own, :kept], whole.B[own, :, :kept])]
-            found[module.name] = Compact(module, cut[0], cut[1], sigma, math.fsum(squares))
+    batches = list(_batches(lora.modules.values()))
+    if device.type != "cpu":
+        return {found.module.name: found for batch in batches for found in _compact(batch, most, device)}
+    # Side by side, one thread each: a thin QR goes column by column, and two threads wait for each other at every one.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, thread_name_prefix="phlora-compress") as pool:
+            done = list(pool.map(lambda batch: _compact(batch, most, device), batches))
+    finally:
+        torch.set_num_threads(threads)
+    return {found.module.name: found for batch in done for found in batch}
+
+
+def _compact(
+    modules: Sequence[LoraModule], most: Callable[[LoraModule, Sigma], int], device: torch.device
+) -> list[Compact]:
+    """Of modules of one shape and scale."""
+    factors = [module.factors() for module in modules]
+    A, B = (torch.cat(sides).to(device) for sides in zip(*factors, strict=True))  # (b·experts, r, k), (…, d, r)
+    whole = lowrank.compact(A, B, modules[0].scale)
+    found, count = [], modules[0].experts
+    for number, module in enumerate(modules):
+        own = slice(number * count, (number + 1) * count)
+        squares = whole.singular_values[own].square().sum(dim=0).tolist()
+        sigma = tuple(math.sqrt(square) for square in squares)
+        kept = most(module, sigma)
+        # Copies, so that what is cut off does not stay in memory.
+        cut = [side.cpu().clone() for side in (whole.A[own, :kept], whole.B[own, :, :kept])]
+        found.append(Compact(module, cut[0], cut[1], sigma, math.fsum(squares)))
     return found
 
 

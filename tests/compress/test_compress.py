@@ -19,6 +19,7 @@ from phlora_pipeline import cli, manifest
 from phlora_pipeline.compress import CompressResult, compress
 from phlora_pipeline.errors import ConflictError, PhloraError, RequestError
 from tests import runs
+from tests.s3_server import S3
 
 MODULES = {f"model.layers.{layer}.{leaf}": shape for layer in (0, 1) for leaf, shape in (("self_attn.q_proj", (32, 24)), ("mlp.up_proj", (48, 24)))}  # fmt: skip
 RANK = 12
@@ -280,3 +281,15 @@ class TestCommand:
         assert self.phlora(monkeypatch, "--adapter", original, "--out", tmp_path / "out", "--rank", 64) == 2
         assert "its largest is 12" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.s3
+def test_from_a_bucket_to_a_bucket_the_bytes_are_those_of_a_disk(original: Path, s3: S3, tmp_path: Path) -> None:
+    squeeze(original, tmp_path / "out", energy=0.9)
+    s3.upload_folder(original, "lora")
+    url, out = s3.url("lora"), s3.url("out")
+    assert compress(url, out, energy=0.9).outcome == "committed"
+    assert compress(url, out, energy=0.9).outcome == "exists"
+    assert s3.get("out/adapter_model.safetensors") == (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(RequestError, match="is where the adapter itself lies"):
+        compress(url, f"{url}/", energy=0.9, overwrite=True)
