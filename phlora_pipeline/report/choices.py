@@ -120,7 +120,8 @@ def noise_edge(row: EnergyRow) -> float | None:
     if told is not None or not row.noise_energy:
         return told
     d, k = row.shape[0], math.prod(row.shape[1:])
-    return math.sqrt(row.noise_energy / (d * k)) * (math.sqrt(d) + math.sqrt(k))
+    noise = row.noise_energy * (row.delta_norm or 0.0) ** 2  # the manifest tells its share of ‖ΔW‖²
+    return math.sqrt(noise / (d * k)) * (math.sqrt(d) + math.sqrt(k))
 
 
 def _of(row: EnergyRow) -> _Tensor:

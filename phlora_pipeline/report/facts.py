@@ -195,7 +195,7 @@ def _noise(rows: Sequence[EnergyRow]) -> float | None:
     total = math.fsum(_squared(row) for row in rows)
     if not total or any(row.noise_energy is None for row in rows):
         return None
-    return min(math.fsum(row.noise_energy or 0.0 for row in rows) / total, 1.0)
+    return min(math.fsum((row.noise_energy or 0.0) * _squared(row) for row in rows) / total, 1.0)
 
 
 def _spectra(rows: Sequence[EnergyRow], total: float) -> tuple[Spectrum, ...]:

@@ -77,7 +77,10 @@ def test_the_noise_edge_is_there_where_it_was_measured() -> None:
     plain = shelf.rows()
     assert noise_edge(plain[0]) is None
     assert not any(choice.way == "noise edge" for choice in trade_off(plain, element_bytes=2).choices)
-    noisy = [replace(row, noise_energy=0.09 * 64 * 64 / (8 + 8) ** 2) if row.rank else row for row in plain]
+    noisy = [
+        replace(row, noise_energy=0.09 * 64 * 64 / (8 + 8) ** 2 / row.delta_norm**2) if row.rank else row
+        for row in plain
+    ]
     assert noise_edge(noisy[0]) == pytest.approx(0.3)  # √(energy/dk)·(√d + √k), of a 64 × 64 matrix
     picked = chosen(trade_off(noisy, element_bytes=2), "noise edge", "noise edge")
     assert picked.ranks[1] == max(
