@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from phlora_pipeline import adapter, pipeline, reducer
+from phlora_pipeline import adapter, prepare, reducer
 from phlora_pipeline.zoo import layout
 
 
@@ -15,7 +15,7 @@ def test_files_have_the_names_that_the_reducer_publishes() -> None:
     assert layout.PUBLISHED == reducer.PUBLISHED
     assert (layout.WEIGHTS, layout.CONFIG) == (adapter.WEIGHTS, adapter.CONFIG)
     assert (layout.MANIFEST, layout.CARD, layout.RUN) == (reducer.MANIFEST, reducer.CARD, reducer.RUN)
-    assert layout.PARTS == pipeline.PARTS
+    assert layout.PARTS == prepare.PARTS
 
 
 @pytest.mark.parametrize(
