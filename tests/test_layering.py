@@ -199,11 +199,12 @@ def after_command(*arguments: object) -> tuple[int, set[str], int]:
         (["extract", "--base", "x", "--tuned", "y", "--out", "z", "--rank", "0"], 2),
         (["convert", "nothing-there.bin", "z"], 2),
         (["run", "--help"], 0),
+        (["doctor", "--help"], 0),
         (["run", "nothing-there.yaml"], 2),
         (["submit", "nothing-there.yaml"], 2),
         (["plan", "nothing-there.yaml"], 2),
     ],
-    ids=["version", "help", "usage", "setting", "convert", "zoo-help", "run", "submit", "plan"],
+    ids=["version", "help", "usage", "setting", "convert", "zoo-help", "doctor-help", "run", "submit", "plan"],
 )
 def test_a_command_that_computes_nothing_does_not_wait_for_torch(arguments: list[str], code: int) -> None:
     ended, loaded, _ = after_command(*arguments)
