@@ -25,6 +25,7 @@ from botocore.credentials import Credentials
 
 from phlora_pipeline import doctor
 from phlora_pipeline.doctor import Finding, cluster, here
+from phlora_pipeline.zoo import gc
 from phlora_pipeline.zoofile import RunSettings
 from tests import toys
 from tests.counting_proxy import Headers, Proxy, running_proxy
@@ -278,6 +279,18 @@ def test_what_a_sick_store_was_given_is_taken_back(patient: Patient) -> None:
     wrong = [finding.check for finding in patient.examined() if finding.state == "wrong"]
     assert wrong == ["output: swap"]
     assert (patient.s3.names(), patient.s3.uploads()) == (before, [])
+
+
+def test_what_a_killed_doctor_leaves_is_garbage(patient: Patient) -> None:
+    before = patient.s3.names()
+    for finding in doctor.examine(str(patient.folder / "zoo.yaml")):
+        if finding.check == "output: swap":
+            break
+    assert len(patient.s3.names() - before) == 3
+    assert gc.collect(patient.s3.url("out"), 3) == []  # it may be at work still
+    [garbage] = gc.collect(patient.s3.url("out"), 3, min_age_seconds=0, delete=True)
+    assert "/_parts/doctor/" in garbage.url
+    assert patient.s3.names() == before
 
 
 def test_a_place_without_fine_tunes_is_worth_a_word_and_no_more(patient: Patient) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -272,3 +274,22 @@ def test_the_table_of_names_is_that_of_the_code() -> None:
     text = (OBSERVABILITY / "README.md").read_text()
     rows = re.findall(r"^\| `(phlora_\w+)` \| (\w+) \| (?:`(\w+)`[^|]*)?\s*\| (.+) \|$", text, re.MULTILINE)
     assert rows == [(metric.name, metric.kind, metric.label, metric.help) for metric in METRICS.values()]
+
+
+def test_the_file_gets_to_the_node_exporter_by_the_readmes_commands(tmp_path: Path) -> None:
+    """Once: a night in which nothing was due leaves the last one's file alone."""
+    [block] = re.findall(r"```sh\n(url=.*?)```", (OBSERVABILITY / "README.md").read_text(), re.DOTALL)
+    base = nights.tensors(0)
+    toys.save(tmp_path / "bases" / "b", base)
+    toys.save(tmp_path / "tuned" / "one", toys.fine_tuned(base))
+    zoo = {"output": "out", "bases": {"b": "bases/b"}, "discover": [{"prefix": "tuned", "base": "b"}], "run": nights.PLAIN}  # fmt: skip
+    (tmp_path / "zoo.yaml").write_text(json.dumps(zoo))
+    (tmp_path / "textfile").mkdir()
+    script = "set -euo pipefail\n" + block.replace("/var/lib/node_exporter", str(tmp_path / "textfile"))
+    script = script.replace("phlora run", f"{sys.executable} -m phlora_pipeline run")
+    here = {**os.environ, "PYTHONPATH": str(OBSERVABILITY.parents[1])}
+    for _ in range(2):
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=here, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "textfile").iterdir()] == ["phlora.prom"]
+    assert (tmp_path / "textfile" / "phlora.prom").read_text() == told_by(str(tmp_path / "out"))
