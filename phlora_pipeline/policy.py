@@ -177,11 +177,11 @@ def _warnings(plan: Plan, results: Mapping[str, TensorResult], found: Mapping[st
         name for name, one in results.items() if found[name] and one.singular_values[found[name] - 1] <= one.noise_edge
     ]
     if policy.energy is not None and noisy:
-        yield f"{len(noisy)} of {len(results)} tensors reach {policy.energy:g} of their energy in rounding noise only ({some(noisy)}); --rank auto keeps what stands above it"
+        yield f"{len(noisy)} of {len(results)} tensors reach {policy.energy:g} of their energy only with rounding noise ({some(noisy)}); --rank auto keeps what stands above it"
     drowned = [name for name in results if policy.noise and not found[name]]
     if drowned:
         share = sum(results[name].delta_sq for name in drowned) / sum(one.delta_sq for one in results.values())
-        yield f"{BELOW_PRECISION}: {len(drowned)} of {len(results)} tensors get no rank ({some(drowned)}), with {percent(share)} of ‖ΔW‖² between them"
+        yield f"{BELOW_PRECISION}: {len(drowned)} of {len(results)} tensors get no rank ({some(drowned)}), with {percent(share)} of ‖ΔW‖² between them; --rank N and --budget keep their first directions all the same"
     capped = [pair.name for pair in plan.adapted if found.get(pair.name) == plan.rank < min(pair.shape)]
     if policy.noise and capped:
         yield f"{len(capped)} tensors may have more above the noise than the largest rank allowed, {plan.rank} ({some(capped)}); raise --max-rank"

@@ -15,7 +15,7 @@ from phlora_pipeline.errors import DeviceError, SourceChangedError
 from phlora_pipeline.extract import Worker
 from phlora_pipeline.plan import Plan, PlanSettings, Task, make_plan
 from phlora_pipeline.targets import Selection
-from tests import toys
+from tests import fp8, toys
 
 
 def planned(base: Path, tuned: Path, out: Path, *, rank: int = 4) -> Plan:
@@ -61,6 +61,38 @@ def test_a_tensor_that_is_only_measured_has_norms_and_no_factors(pair: tuple[Pat
     assert part.results[NORM].status == "measured"
     assert part.results[NORM].delta_sq > 0
     assert not part.factors
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "fp8"])
+def test_a_fine_tune_that_is_its_base_rounded_has_nothing_above_the_edge(stored: str, tmp_path: Path) -> None:
+    """With a scale an entry is no longer its eight bits, and is read as float32: it was rounded as they were."""
+    base = toys.llama_tensors()
+    tuned = {name: value.bfloat16() for name, value in base.items()}
+    saved = (
+        toys.save(tmp_path / "t", fp8.checkpoint(base)[0], fp8.config())
+        if stored == "fp8"
+        else toys.save(tmp_path / "t", tuned)
+    )
+    Worker("cpu", 1).run(task := task_of(planned(toys.save(tmp_path / "b", base), saved, tmp_path), Q))
+    found = parts.load(task.members[0].part_url).results[Q]
+    assert found.noise_sq == pytest.approx(found.delta_sq, rel=0.3)
+    assert found.changed > 0.9
+    assert 0.6 * found.noise_edge < found.singular_values[0] < found.noise_edge
+
+
+def test_pieces_of_a_tensor_have_the_noise_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = toys.llama_tensors()
+    tuned = toys.save(tmp_path / "t", {name: value.bfloat16() for name, value in toys.fine_tuned(base).items()})
+    before = toys.save(tmp_path / "b", base)
+    whole, pieces = (task_of(planned(before, tuned, tmp_path / out), NORM) for out in ("whole", "pieces"))
+    Worker("cpu", 1).run(whole)
+    monkeypatch.setattr(extract, "STREAMED_BYTES", 0)
+    monkeypatch.setattr(extract, "PIECE", 20)
+    Worker("cpu", 1).run(pieces)
+    one, other = (parts.load(task.members[0].part_url).results[NORM] for task in (whole, pieces))
+    assert (other.noise_sq, other.changed) == pytest.approx((one.noise_sq, one.changed), rel=1e-6)
+    assert 0 < one.noise_sq < 0.01 * one.delta_sq
+    assert one.noise_edge == other.noise_edge == 0
 
 
 def test_an_unchanged_tensor_among_changed_ones(tmp_path: Path) -> None:

@@ -169,6 +169,6 @@ def test_what_is_tied_is_paid_twice(tmp_path: Path) -> None:
     folders = toys.save(tmp_path / "base", base, config), toys.save(tmp_path / "tuned", toys.fine_tuned(base), config)
     runs.extract(*folders, tmp_path / "out", budget="20kB", dialect="peft", max_rank=32)
     assert 19_000 < weights(tmp_path / "out") <= 20_000
-    keys = {key for key in load_file(tmp_path / "out" / "adapter_model.safetensors") if "lora_A" in key}
+    keys = load_file(tmp_path / "out" / "adapter_model.safetensors").keys()
     assert {key for key in keys if "lm_head" in key}
     assert {key for key in keys if "embedding" in key}

@@ -72,7 +72,7 @@ def test_in_a_family_of_which_a_part_is_noise_that_part_gets_a_zero_pair(tmp_pat
 def test_a_threshold_that_asks_for_noise_is_told(tmp_path: Path) -> None:
     pair = bf16_pair(tmp_path, 4, 1e-4)
     asked = runs.extract(*pair, tmp_path / "high", energy=0.995, max_rank=192)
-    assert any("reach 0.995 of their energy in rounding noise only" in warning for warning in asked.warnings)
+    assert any("reach 0.995 of their energy only with rounding noise" in warning for warning in asked.warnings)
     modest = runs.extract(*pair, tmp_path / "modest", energy=0.5, max_rank=192, dialect="vllm")
     assert modest.warnings == ()
 

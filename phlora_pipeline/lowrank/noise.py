@@ -6,7 +6,7 @@ of one step are a *class*; p is the share of a class that has changed at all, an
 - Where U is coarse beside q, or W_base has bits that the fine-tune cannot store, nearly all change, and the error is uniform:
   ΔW = U + noise of variance q²/12, whether the entry has changed or not.
 - Where U is fine beside q and W_base is itself such a number, few entries change, and those by a whole step: the class keeps a
-  part φ of its U, and the noise is φ·q²/12. For Gaussian U, φ = 1 − exp(−12p) is right to 6 % of itself for p ≥ 0.01. Classes
+  part φ of its U, and the noise is φ·q²/12. For Gaussian U, φ = 1 − exp(−12p) gives both to 3 % from p = 0.05 on. Classes
   that keep different parts scatter what they keep: noise again, of variance (φ − mean φ)²·s² for U of variance s² per entry.
 
 The base's own rounding is no noise: an adapter is put on this very base. It is one only where the base is stored more coarsely
@@ -37,10 +37,14 @@ _LEAST = {torch.float16: 2.0**-24, torch.float8_e4m3fn: 2.0**-9, torch.float8_e5
 """Steps of numbers near zero, of which there are many in a weight."""
 
 _SAMPLE = 1 << 17
-"""Entries that are looked at, twice: whole rows, and whole columns. Sums are right to 1 % where weights have no structure."""
+"""Entries that are looked at of whole columns, and as many of whole rows. Sums and the edge are right to a few per cent of
+themselves where an entry's size is its row's times its column's times chance."""
 
-_STRIPE = 32
-"""Neighbouring rows, or columns, that are taken together: a cache line of the narrowest dtype that is worth it."""
+_STRIPE, _STRIPES = 16, 2
+"""Neighbouring rows, or columns, that are taken together, since they share cache lines; and how many such, at least."""
+
+_SINGLE = 32
+"""Rows and columns whose noise is so large that each may stick out by itself; there are as many groups of others."""
 
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -79,7 +83,7 @@ def rounding_noise(
     """
     found = [_measured(*pair, *dtypes) for pair, dtypes in zip(pairs, stored, strict=True)]
     return [
-        Noise(total, threshold(row, column, kept) * math.sqrt(wider), changed)
+        Noise(total, threshold(row, column, kept) * math.sqrt(wider) if row else 0.0, changed)
         for total, row, column, kept, wider, changed in (to_host(torch.stack(found)) if found else [])
     ]
 
@@ -98,8 +102,6 @@ def threshold(row: float, column: float, kept: float = 1.0) -> float:
     >>> round(threshold(100.0, 100.0), 4) == round(4 / math.sqrt(3) * 10, 4)
     True
     """
-    if not row or not column:
-        return 0.0
     linear = kept * (row + column)
     x_sq = (linear + math.sqrt(linear**2 + 4 * (4 - kept**2) * row * column)) / (2 * (2 - kept))
     return math.sqrt((x_sq + row) * (x_sq + column) / x_sq)
@@ -113,39 +115,50 @@ def _measured(base: Tensor, tuned: Tensor, base_dtype: torch.dtype, dtype: torch
     d, k = base.shape
     if not base.numel():
         return torch.zeros(6, dtype=torch.float64)
-    before, after = _stripes(base, 1).float(), _stripes(tuned, 1).float()
+    spread = _spread(k, d)
+    before, after = _taken(base, 1, spread).float(), _taken(tuned, 1, spread).float()
     classes, delta = _classes(after), after - before
     differs = (delta != 0).float()
     touched = differs.amax(dim=1, keepdim=True)
     variances, kept, changed = _by_class(
         classes, delta, differs, touched, _steps(base_dtype, base), _steps(dtype, tuned)
     )
-    found = _looked_up(variances, classes)
-    rows = found.sum(dim=1) * touched.squeeze(1) * (k / after.shape[1])
-    total = rows.sum()
-    numbers = [total, total / d if is_matrix else 0 * total, total / k, kept]
+    down = _looked_up(variances, classes) * touched
     if not is_matrix:
-        return torch.stack([*numbers, torch.ones_like(total), changed])
-    # Of which columns the noise is, any rows tell: those that have not changed are as large as those that have.
-    across = _stripes(tuned, 0)
-    if across.shape != after.shape:
-        found = _looked_up(variances, _classes(across.float()))
-    profile = found.sum(dim=0)
-    columns = profile * (total / profile.sum().clamp_min(_TINY))
+        total = down.sum() * (k / after.shape[1])
+        return torch.stack([total, 0 * total, 0 * total, kept, torch.ones_like(total), changed])
+    # How columns differ, any rows tell: those that have not changed are as large as those that have.
+    across = _looked_up(variances, _classes(_taken(tuned, 0, _spread(d, k)).float()))
+    rows, columns = _means(down, k), _means(across.mT, d)
+    total = rows.sum() * k * (columns.mean() / _taken(columns.unsqueeze(0), 1, spread).mean().clamp_min(_TINY))
+    rows, columns = (means * (total / means.sum().clamp_min(_TINY)) for means in (rows, columns))
     white = ((total / d).sqrt() + (total / k).sqrt()).square().clamp_min(_TINY)
-    wider = _edge_sq(rows, k) / white * (_edge_sq(columns, d) / white)
-    return torch.stack([*numbers, wider, changed])
+    return torch.stack([total, total / d, total / k, kept, _edge_sq(rows, columns) / white, changed])
 
 
-def _stripes(matrix: Tensor, dim: int) -> Tensor:
-    """Some of its rows (dim 0) or columns (dim 1), evenly spread; all where there are few."""
-    size, across = matrix.shape[dim], matrix.shape[1 - dim]
-    count = max(2, _SAMPLE // (across * _STRIPE))
-    if count * _STRIPE >= size:
+def _spread(size: int, across: int) -> int:
+    """How many stripes of rows are taken of `size`, or of columns, `across` entries long; 0 for all of them."""
+    count = max(_STRIPES, _SAMPLE // (across * _STRIPE))
+    return count if count * _STRIPE < size else 0
+
+
+def _taken(matrix: Tensor, dim: int, count: int) -> Tensor:
+    """So many stripes of its rows (dim 0) or columns (dim 1), evenly spread."""
+    if not count:
         return matrix
-    every = size // count
-    stripes = matrix.narrow(dim, 0, count * every).unflatten(dim, (count, every)).narrow(dim + 1, 0, _STRIPE)
+    sizes = list(matrix.shape)
+    every = sizes[dim] // count
+    sizes[dim : dim + 1] = [count, every]
+    stripes = matrix.narrow(dim, 0, count * every).view(sizes).narrow(dim + 1, 0, _STRIPE)
     return stripes.flatten(dim, dim + 1)
+
+
+def _means(found: Tensor, whole: int) -> Tensor:
+    """Means of rows of which only these entries of `whole` were looked at, as far apart as those of all entries would be."""
+    seen, means = found.shape[1], found.mean(dim=1)
+    by_chance = (found.square().mean() - means.square().mean()) * (1 / seen - 1 / whole)
+    apart = (means - means.mean()).square().mean()
+    return means.mean() + (means - means.mean()) * (1 - by_chance / apart.clamp_min(_TINY)).clamp(0, 1).sqrt()
 
 
 def _classes(values: Tensor) -> Tensor:
@@ -207,12 +220,35 @@ def _starts_elsewhere(count: Tensor, delta_sq: Tensor, rounding: Tensor, base_ro
     )
 
 
-def _edge_sq(sums: Tensor, others: int) -> Tensor:
-    """The largest squared singular value of noise whose rows have these sums of variances, over `others` columns alike.
+def _edge_sq(rows: Tensor, columns: Tensor) -> Tensor:
+    """The largest squared singular value of noise with these sums of variances, an entry's being its row's times its column's.
 
-    It is the least value of 1/g + Σ sᵢ/(1 − g·sᵢ)/others (Silverstein and Choi, 1995): (√row + √column)² where all are alike.
+    Beyond the edge z = z(p) solves p = Σ aᵢ/(z − T(p)·aᵢ)/k with T(p) = Σ bⱼ/(1 − p·bⱼ)/k, for a the rows' sums and b the
+    columns' over their mean; the edge is the least z (Couillet and Hachem, 2014): (√row + √column)² where all are alike.
     """
-    largest = sums.max().clamp_min(_TINY)
-    parts = 1 - torch.logspace(math.log10(0.98), -2.5, 24, dtype=torch.float64).unsqueeze(1)  # g·max, ever nearer to 1
-    g = parts / largest
-    return (1 / g.squeeze(1) + (sums / (1 - g * sums)).sum(dim=1) / others).min()
+    k = len(columns)
+    a, rows_each = _thinned(rows)
+    b, columns_each = _thinned(columns / columns.mean().clamp_min(_TINY))
+    nearer = 1 - torch.logspace(math.log10(0.98), -2.5, 24, dtype=torch.float64).unsqueeze(1)
+    p = nearer / b.max().clamp_min(_TINY)
+    T = (columns_each * b / (1 - p * b)).sum(dim=1, keepdim=True) / k
+    weights, largest = rows_each * a / k, a.argmax().view(1)
+    z = (
+        T * a.index_select(0, largest) + weights.index_select(0, largest) / p
+    )  # not beyond the root: the sum is more than its largest term
+    for _ in range(12):  # Newton's steps for 1/Σ = 1/p, which is nearly straight
+        apart = (z - T * a).clamp_min(_TINY)
+        total = (weights / apart).sum(dim=1, keepdim=True).clamp_min(_TINY)
+        slope = (weights / apart.square()).sum(dim=1, keepdim=True).clamp_min(_TINY)
+        z = z + (1 / p - 1 / total) * total.square() / slope
+    return z.min()
+
+
+def _thinned(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Fewer values, and how many each stands for: the largest ones for themselves, others for their neighbours in size."""
+    if len(values) <= 2 * _SINGLE:
+        return values, torch.ones_like(values)
+    ordered = values.sort(descending=True).values
+    single, others = ordered[:_SINGLE], ordered[_SINGLE:].tensor_split(_SINGLE)
+    counts = torch.tensor([1.0] * _SINGLE + [float(len(group)) for group in others], dtype=values.dtype)
+    return torch.cat([single, torch.stack([group.mean() for group in others])]), counts

@@ -241,7 +241,7 @@ def _literal(name: str) -> str:
 _REST = """
 # Settings of all models; `overrides` change them by model id, later ones win.
 extract:
-  rank: 32              # or energy: 0.9, which takes as many as each tensor needs
+  rank: 32              # or auto, or instead energy: 0.9 or budget: 200MB: as many as each tensor needs
   targets: all          # all | linear | paper
   carry: none           # none | all: norms and biases kept whole; only for peft
   for: portable         # portable: what PEFT, vLLM, SGLang, NIM and llama.cpp all load; or one of them: peft, vllm, sglang, nim, gguf, kohya
