@@ -214,7 +214,20 @@ def after_command(*arguments: object) -> tuple[int, set[str], int]:
         (["plan", "nothing-there.yaml"], 2),
         (["report", "--help"], 0),
     ],
-    ids=["version", "help", "usage", "setting", "convert", "zoo-help", "merge-help", "doctor-help", "run", "submit", "plan", "report"],
+    ids=[
+        "version",
+        "help",
+        "usage",
+        "setting",
+        "convert",
+        "zoo-help",
+        "merge-help",
+        "doctor-help",
+        "run",
+        "submit",
+        "plan",
+        "report",
+    ],
 )
 def test_a_command_that_computes_nothing_does_not_wait_for_torch(arguments: list[str], code: int) -> None:
     ended, loaded, _ = after_command(*arguments)
