@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from ray import exceptions
 
-from phlora_pipeline import driver
 from phlora_pipeline.dispatch import MAX_ATTEMPTS, Dispatcher
+from phlora_pipeline.driver import loop
 from phlora_pipeline.engine import Reports, Resources
 from phlora_pipeline.errors import DeviceError
 
@@ -73,7 +73,7 @@ class Bench:
         listener = Reports(lambda _: None)
         ray = SimpleNamespace(exceptions=exceptions, get=self.get)
         pool: Any = self.pool
-        self.loop = driver._Loop(ray, pool, self.queue, listener, Resources("cpu", 1))
+        self.loop = loop.Loop(ray, pool, self.queue, listener, Resources("cpu", 1))
         self.loop._listener = SimpleNamespace(  # type: ignore[assignment]
             retried=lambda *_, **__: None, ended=lambda job, outcome: self.ended.append(outcome)
         )
@@ -107,8 +107,8 @@ def test_a_node_that_goes_is_charged_to_nobody_unless_it_goes_on_like_that(known
     """Whether Ray knows it yet, or knows of a broken connection only."""
     bench = Bench()
     bench.pool.gone = known
-    given_up = [bench.lose(DIED if known else UNAVAILABLE) for _ in range(driver.MAX_LOSSES + MAX_ATTEMPTS)]
-    assert given_up.index(True) == driver.MAX_LOSSES + MAX_ATTEMPTS - 1
+    given_up = [bench.lose(DIED if known else UNAVAILABLE) for _ in range(loop.MAX_LOSSES + MAX_ATTEMPTS)]
+    assert given_up.index(True) == loop.MAX_LOSSES + MAX_ATTEMPTS - 1
 
 
 def test_workers_that_do_not_start_count_one_after_another() -> None:
@@ -130,11 +130,11 @@ def test_workers_that_do_not_start_count_one_after_another() -> None:
 def test_a_job_that_loses_its_process_is_done_again_some_times() -> None:
     bench = Bench()
     job: Any = object()
-    for losses in range(driver.MAX_DESKS + 1):
+    for losses in range(loop.MAX_DESKS + 1):
         reference = object()
         bench.loop._jobs[reference], bench.answer = (0, job), UNAVAILABLE
         bench.loop._ended(reference)
-        assert len(bench.ended) == (losses == driver.MAX_DESKS)
+        assert len(bench.ended) == (losses == loop.MAX_DESKS)
         assert list(bench.loop._backlog) == [] if bench.ended else [job]
         bench.loop._backlog.clear()
     assert bench.ended == [UNAVAILABLE]
@@ -144,7 +144,7 @@ def test_a_job_that_loses_its_process_is_done_again_some_times() -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The driver's, which goes when it is told to."""
     time = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(driver.time, "monotonic", lambda: time.now)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: time.now)
     return time
 
 
@@ -153,7 +153,7 @@ def test_a_worker_that_died_while_it_had_nothing_to_do_is_nobodys_loss(clock: Si
     bench.pool.started = [0]
     bench.loop._calls[object()] = 0
     bench.answers("node")
-    clock.now += driver.REST_SECONDS + 1
+    clock.now += loop.REST_SECONDS + 1
     bench.loop._hand_out()
     assert bench.pool.did == ["ask 0"]
     bench.answers(DIED)
@@ -168,7 +168,7 @@ def test_a_worker_that_has_just_answered_is_not_asked(clock: SimpleNamespace) ->
     bench.pool.started = [0]
     bench.loop._calls[object()] = 0
     bench.answers("node")
-    clock.now += driver.REST_SECONDS / 2
+    clock.now += loop.REST_SECONDS / 2
     bench.loop._hand_out()
     assert bench.pool.did == ["run 0"]
 

@@ -287,9 +287,9 @@ def test_a_ray_that_does_not_start_is_no_bug_of_ours(
         runs.extract(*pair, tmp_path / "out", engine="ray")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """One Ray for all tests, of two processors, that speaks to this machine only."""
+    """One Ray for the tests of this file, of two processors, that speaks to this machine only."""
     ray = pytest.importorskip("ray")
     with (
         pytest.MonkeyPatch.context() as patch,

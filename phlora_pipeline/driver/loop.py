@@ -1,27 +1,16 @@
-"""The same tasks on Ray actors, on as many nodes as there are. The only home of ray."""
+"""The loop over Ray's actors: who does what next is `dispatch`'s, where actors are is `pool`'s."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import socket
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from phlora_pipeline import __version__
 from phlora_pipeline.dispatch import MAX_ATTEMPTS, Dispatcher
-from phlora_pipeline.engine import Engine, Job, Listener, Resources, run_local, words
+from phlora_pipeline.engine import Job, Listener, Resources, words
 from phlora_pipeline.errors import DeviceError, PhloraError
-from phlora_pipeline.extract import TaskReport, Worker
-from phlora_pipeline.metrics import BUCKETS, METRICS, Metric, Sample
-from phlora_pipeline.plan import Task
+from phlora_pipeline.extract import TaskReport
 from phlora_pipeline.pool import Pool
 
 POLL_SECONDS = 1.0
@@ -33,12 +22,6 @@ GROW_SECONDS = 5.0
 REST_SECONDS = 5.0
 """A worker that has said nothing for so long is asked whether it is there: if it died in its sleep, its next task did not kill it."""
 
-GAUGE_SECONDS = 2.0
-"""How often gauges are set again."""
-
-LOOK_SECONDS = 60.0
-"""How long a node is waited for that is asked what it has."""
-
 MAX_DESKS = 3
 """Processes that a job may lose before its listener is told."""
 
@@ -46,99 +29,7 @@ MAX_LOSSES = 10
 """Nodes that a task may lose before it is taken to be at fault."""
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """A cluster as it is now.
-
-    Attributes:
-        version: its Ray's, which is this process's, or it could not have been joined.
-        nodes: how many are alive.
-        gpus, processors: of them all.
-        strangers: nodes on which this package is missing, or of another version, each in words.
-    """
-
-    version: str
-    nodes: int
-    gpus: float
-    processors: float
-    strangers: tuple[str, ...]
-
-
-def version() -> str:
-    """Of the Ray that is installed here."""
-    import ray
-
-    return str(ray.__version__)
-
-
-def look() -> Seen:
-    """Join the cluster that `run_ray` would, and look at it and its nodes.
-
-    Raises:
-        DeviceError: there is none, or it is of another version.
-    """
-    import ray
-
-    with _cluster(ray):
-        return _seen(ray)
-
-
-def _seen(ray: Any) -> Seen:
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    there = ray.cluster_resources()
-    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    asked = ray.remote(num_cpus=0, max_retries=0)(_package)
-    calls = {
-        node: asked.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
-        for node in nodes
-    }
-    strangers = []
-    for node, call in calls.items():
-        try:
-            found = ray.get(call, timeout=LOOK_SECONDS)
-        except ray.exceptions.RayError as error:
-            found = words(getattr(error, "cause", None) or error)
-        if found != _package():
-            strangers.append(f"node {nodes[node]}: {found}, here {_package()}")
-    return Seen(version(), len(nodes), there.get("GPU", 0), there.get("CPU", 0), tuple(strangers))
-
-
-def _package() -> str:
-    return f"phlora-pipeline {__version__}, torch {torch.__version__.partition('+')[0]}"
-
-
-def engine(name: str, device: str, tasks: int) -> Engine:
-    """`local`, `ray`, or for `auto` Ray where there is more than one GPU to feed, and the plain loop otherwise."""
-    several = device in {"auto", "cuda"} and tasks > 1 and torch.cuda.device_count() > 1
-    return run_ray if name == "ray" or (name == "auto" and several) else run_local
-
-
-def run_ray(tasks: Iterable[Task], resources: Resources, listener: Listener) -> dict[str, str]:
-    """Do the tasks on Ray actors: one per GPU where the cluster has any, otherwise one per `threads` processors.
-
-    Joins the cluster of `RAY_ADDRESS`, or the one that this process is in already, or starts one on this machine.
-
-    Returns:
-        Part URL → reason, for blocks that failed, or killed their worker, twice.
-
-    Raises:
-        PhloraError: as `run_local`.
-    """
-    import ray
-
-    torch.set_num_threads(resources.threads)  # what follows in this process sums as after `run_local`
-    with _cluster(ray):
-        listener.measure(exported := _Exported())
-        queue: Dispatcher[int] = Dispatcher(tasks)
-        pool = Pool(ray, resources, _RayWorker)
-        try:
-            return _Loop(ray, pool, queue, listener, resources, exported.again).run()
-        finally:
-            pool.close()
-
-
-class _Loop:
+class Loop:
     """Hands out tasks until all have ended. A slot takes part once its actor has started, which may be never.
 
     A task that were given to an actor still waiting for its place in the cluster would wait with it, and hold up the run.
@@ -317,102 +208,3 @@ class _Loop:
                 f"no {who} has started within {waited:.0f} s; each asks for {wish}",
                 remedy="see ray status: has the cluster such nodes, and may it scale up to them?",
             )
-
-
-class _RayWorker:
-    """A `Worker` in an actor, made by a call of its own, so that a missing device is that call's typed error."""
-
-    _worker: Worker
-
-    def prepare(self, device: str, threads: int) -> str:
-        self._worker = Worker(device, threads)
-        return self.node()
-
-    def node(self) -> str:
-        import ray
-
-        return str(ray.get_runtime_context().get_node_id())
-
-    def run(self, task: Task, prefetch: Task | None) -> TaskReport:
-        return self._worker.run(task, prefetch)
-
-
-class _Exported:
-    """Samples on the metrics port of this process's node, under their names with `ray_` before them."""
-
-    def __init__(self) -> None:
-        self._made: dict[str, Any] = {}
-        self._gauges: dict[tuple[str, str], Sample] = {}
-        self._told = time.monotonic()
-
-    def again(self) -> None:
-        """Ray shows a gauge until its next report, and not any more unless it is set again."""
-        if time.monotonic() - self._told > GAUGE_SECONDS:
-            self._told = time.monotonic()
-            for sample in list(self._gauges.values()):
-                self(sample)
-
-    def __call__(self, sample: Sample) -> None:
-        metric = METRICS[sample.name]
-        if (made := self._made.get(sample.name)) is None:
-            made = self._made[sample.name] = _of_ray(metric)
-        tags = {metric.label: sample.label} if metric.label else {}
-        if metric.kind == "histogram":
-            made.observe(sample.value, tags)
-        elif metric.kind == "gauge":
-            self._gauges[sample.name, sample.label] = sample
-            made.set(sample.value, tags)
-        elif sample.value:  # Ray refuses to count nothing
-            made.inc(sample.value, tags)
-
-
-def _of_ray(metric: Metric) -> Any:
-    from ray.util import metrics
-
-    keys = (metric.label,) if metric.label else ()
-    if metric.kind == "histogram":
-        return metrics.Histogram(metric.name, metric.help, boundaries=list(BUCKETS), tag_keys=keys)
-    kind = metrics.Counter if metric.kind == "counter" else metrics.Gauge
-    return kind(metric.name, metric.help, tag_keys=keys)
-
-
-@contextlib.contextmanager
-def _cluster(ray: Any) -> Iterator[None]:
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = os.environ.get("RAY_ADDRESS", "")
-    try:
-        host, _, port = address.removeprefix("ray://").rpartition(":")
-        if port.isdigit():  # Ray itself would go on trying for many minutes
-            socket.create_connection((host.strip("[]"), int(port)), timeout=20).close()
-        with _own_signals():
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except Exception as error:  # Ray has no type of its own for it, and says it in many
-        if "Version mismatch" in str(error):
-            raise DeviceError(
-                f"the Ray at {address} cannot be joined: {words(error)}",
-                remedy="use the same version of Ray and Python here and there: rayVersion, the image, this environment",
-            ) from error
-        raise DeviceError(
-            f"there is no Ray at {address or 'this machine'}: {words(error)}",
-            remedy="check RAY_ADDRESS, or use --engine local",
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Ray takes SIGTERM for itself, and would end a run at once that was told to end in order."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
