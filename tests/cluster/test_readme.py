@@ -111,8 +111,11 @@ def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
             elif program == "sed":
                 subprocess.run([program, *arguments], check=True)
             elif arguments[:2] == ["s3", "rm"]:
-                for info in storage.list_tree(arguments[-1].rstrip("/")):
-                    storage.delete(info.url)
+                found = storage.list_tree(arguments[-1].rstrip("/")) if len(arguments) > 3 else [arguments[-1]]
+                urls = [info if isinstance(info, str) else info.url for info in found]
+                assert urls, arguments
+                for url in urls:
+                    storage.delete(url)
         return "".join(capsys.readouterr())
 
     return done
@@ -138,25 +141,29 @@ def test_a_first_night_and_the_runbook(buckets: S3, tmp_path: Path, follow: Call
     assert "adapters: 2 pulled" in follow(first)
     assert {"m0", "m1"} <= {path.name for path in (tmp_path / "adapters").iterdir()}
     [version] = [item.version for item in latest.versions(OUT, "m0")]
-    before, runbook = names(), readme.blocks()
+    runbook = readme.blocks()
 
     upload(buckets, "finetunes/m1", poisoned, named_base)
     follow("phlora run zoo.yaml", code=3)
     assert "NaN" in follow(runbook["A poisoned model (exit code 3)"], MODEL="m1")
     upload(buckets, "finetunes/m1", good, named_base)
-    assert "1 committed" in " ".join(follow(runbook["An upgrade"]).split())
-    assert "ok      output: room" in follow(runbook["A full disk"]).replace("skipped", "ok     ")
+    assert "2 published" in follow("phlora status zoo.yaml"), "the bytes are what they were"
+
+    follow("sed -i 's/rank: 32/rank: 4/' zoo.yaml")
+    assert "due: 2 × changed since" in follow(runbook["An upgrade"])
+    assert len(latest.versions(OUT, "m0")) == 2
+    follow(runbook["A full disk"])
     assert "pinned" in follow(runbook["Rolling back an adapter"], MODEL="m0", VERSION=version)
     pointer = latest.read(OUT, "m0")
     assert pointer is not None
-    assert not pointer.pinned
+    assert (pointer.pinned, pointer.version == version) == (False, False)
 
     told = follow(runbook["Restoring the manifest"], MODEL="m0", BASE="llama")
     assert "read 0 B of tensors" in told
-    assert before <= names()
+    assert f"{OUT}/_manifest/base=llama/model=m0/{pointer.version}.parquet" in names()
     restored = latest.read(OUT, "m0")
     assert restored is not None
-    assert (restored.version, restored.request) == (version, pointer.request)
+    assert (restored.version, restored.request) == (pointer.version, pointer.request)
 
 
 def names() -> set[str]:
