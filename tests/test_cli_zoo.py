@@ -443,10 +443,12 @@ class TestInitAndPlan:
     def test_plan_of_a_zoo(self, a_zoo: Zoo) -> None:
         a_zoo.add("a")
         a_zoo.add("b", seed=2)
-        told = a_zoo("plan", "--nodes", 2, "--gpus-per-node", 4, "--price", 30, "--node-read-rate", 1, "--json").json
+        told = a_zoo(
+            "plan", "--nodes", 2, "--gpus-per-node", 4, "--gpu-memory", 80, "--price", 30, "--node-read-rate", 1, "--json"
+        ).json  # fmt: skip
         assert [model["id"] for model in told["models"]] == ["a", "b"]
         assert told["cluster"] == {
-            "nodes": 2, "gpus_per_node": 4, "node_read_rate": 1e9, "price": 30.0, "profile": "sm80",
+            "nodes": 2, "gpus_per_node": 4, "node_read_rate": 1e9, "price": 30.0, "profile": "sm80", "gpu_memory": 80e9,
         }  # fmt: skip
         assert a_zoo("plan").code == 0
         assert not a_zoo.out.exists()

@@ -266,7 +266,7 @@ def test_the_component_can_be_added_to_an_overlay(tmp_path: Path) -> None:
     done = subprocess.run([kubectl, "kustomize", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     made = {document["kind"]: document for document in yaml.safe_load_all(done.stdout)}
-    assert made.keys() == {"ConfigMap", "PrometheusRule"}
+    assert made.keys() == {"ConfigMap", "PrometheusRule", "PodMonitor"}
     assert json.loads(made["ConfigMap"]["data"][DASHBOARD.name])["uid"] == "phlora-nights"
 
 

@@ -1,11 +1,13 @@
-"""Checkpoints of public models as their headers would say, in memory: names, shapes, shards and offsets, no file."""
+"""Checkpoints of public models as their headers would say: in memory, or as files with a hole where the weights would be."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef
@@ -101,3 +103,20 @@ def checkpoint(architecture: Architecture, url: str, dtype: str = "BF16") -> Che
         tensors[name] = TensorRef(name, dtype, shape, f"{url}/model-{shard:05d}.safetensors", start, stop, etag)
         start = stop
     return Checkpoint(url, tensors, architecture.config, hashlib.sha256(f"{url} {dtype}".encode()).hexdigest())
+
+
+def write(architecture: Architecture, folder: Path, dtype: str = "BF16") -> None:
+    """The same as a folder that can be planned from, and takes next to no room: every weight is a hole, read as zeros."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(architecture.config))
+    shards: dict[str, list[TensorRef]] = {}
+    for ref in checkpoint(architecture, str(folder), dtype).tensors.values():
+        shards.setdefault(Path(ref.url).name, []).append(ref)
+    for name, refs in shards.items():
+        told = {ref.name: {"dtype": dtype, "shape": ref.shape, "data_offsets": (ref.start, ref.stop)} for ref in refs}
+        header = json.dumps(told).encode()
+        with (folder / name).open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(file.tell() + refs[-1].stop)
+    index = {"weight_map": {ref.name: name for name, refs in shards.items() for ref in refs}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))

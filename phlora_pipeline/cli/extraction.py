@@ -27,6 +27,7 @@ from phlora_pipeline.cli.options import (
     Exclude,
     For,
     Gpu,
+    GpuMemory,
     GpusPerNode,
     Include,
     Json,
@@ -169,6 +170,7 @@ def plan(
     gpus_per_node: GpusPerNode = 8,
     node_read_rate: NodeReadRate = 3.0,
     gpu: Gpu = "sm80",
+    gpu_memory: GpuMemory = 0.0,
     price: Price = 0.0,
     json_output: Json = False,
 ) -> None:
@@ -188,7 +190,8 @@ def plan(
         raise typer.BadParameter(f"{_flags(context, strange)}: of a night; give a ZOO", ctx=context)
     if zoo:
         cluster = {"nodes": nodes, "gpus_per_node": gpus_per_node, "profile": gpu, "price": price}
-        _plan_zoo(zoo, {**cluster, "node_read_rate": node_read_rate * 1e9}, json_output=json_output)
+        rates = {"node_read_rate": node_read_rate * 1e9, "gpu_memory": gpu_memory * 1e9}
+        _plan_zoo(zoo, {**cluster, **rates}, json_output=json_output)
         return
     if missing := [f"--{name}" for name in ("base", "tuned") if name not in given]:
         raise typer.BadParameter(f"Missing option {' and '.join(missing)}, or a ZOO", ctx=context)
@@ -205,7 +208,7 @@ def plan(
     render.json_object(render.plan_record(prepared)) if json_output else render.show_plan(prepared)
 
 
-_OF_A_NIGHT = ("nodes", "gpus_per_node", "node_read_rate", "gpu", "price")
+_OF_A_NIGHT = ("nodes", "gpus_per_node", "node_read_rate", "gpu", "gpu_memory", "price")
 
 
 def _flags(context: typer.Context, names: Iterable[str]) -> str:

@@ -236,3 +236,10 @@ Gpu = Annotated[
         "--gpu", metavar="KIND", rich_help_panel=NIGHT, help="Whose rates: sm80 (A100), sm90 (H100), cpu or other."
     ),
 ]
+GpuMemory = Annotated[
+    float,
+    typer.Option(
+        "--gpu-memory", metavar="GB", min=0, rich_help_panel=NIGHT,
+        help="Of one GPU: 40 for p4d, 80 for p4de. 0: what its kind has at least (sm80 40, sm90 80).",
+    ),
+]  # fmt: skip

@@ -56,11 +56,12 @@ def of_storage(config: ZooConfig) -> Iterator[Finding]:
 
 def _of_output(out: str, wrong: Finding) -> Iterator[Finding]:
     """Whether a night could write there, unless something is wrong already. Writes three small objects under `_parts/doctor/`, and removes them."""
+    # Called like a night's own, for which its role has rights by name (cluster/aws): only a latest.json may it replace.
     folder = storage.join(out, layout.PARTS, PROBES, secrets.token_hex(16))
     looks = {
         "output: create once": lambda: _once(storage.join(folder, "once"), in_parts=False),
         "output: create once, in parts": lambda: _once(storage.join(folder, "parts"), in_parts=True),
-        "output: swap": lambda: _swapped(storage.join(folder, "pointer")),
+        "output: swap": lambda: _swapped(storage.join(folder, layout.LATEST)),
         "output: remove": lambda: _removed(folder),
         "output: room": lambda: _room(out),
         "clock": lambda: _clock(out),

@@ -232,10 +232,23 @@ def is_blocked(d: int, k: int, device: str) -> bool:
 
 def worker_bytes(d: int, k: int, rank: int, solver: Solver, profile: Profile) -> int:
     """Peak bytes of factorising one matrix on a processor: of the planned route, and of the one behind it."""
+    tried, _ = planned(d, k, rank, solver, profile)
+    copies = None if is_blocked(d, k, "cpu") else (8 if tried else 4) * d * k
+    return _peak_bytes(d, k, rank, solver, profile, copies)
+
+
+def device_bytes(d: int, k: int, rank: int, solver: Solver, profile: Profile, *, sliced: bool = False) -> int:
+    """The same on a GPU: with ΔW resident in float32 and in the low precision, or `sliced`, where it does not fit."""
+    tried, _ = planned(d, k, rank, solver, profile)
+    low = 2 if tried and profile.low == "bfloat16" else 0
+    return _peak_bytes(d, k, rank, solver, profile, None if sliced else (4 + low) * d * k)
+
+
+def _peak_bytes(d: int, k: int, rank: int, solver: Solver, profile: Profile, copies: int | None) -> int:
+    """Of ΔW's own copies, None where it is formed slice by slice, and what a route holds beside them."""
     m, n = min(d, k), max(d, k)
     tried, last = planned(d, k, rank, solver, profile)
-    blocked = is_blocked(d, k, "cpu")
     panels = 4 * 3 * tried[0].width * (m + n) if tried else 0
-    copies = slice_bytes(m) if blocked else (8 if tried else 4) * m * n
-    behind = 8 * 3 * m * m if last == "gram" else 4 * (2 * m * n + 6 * m * m) + (4 * m * n if blocked else 0)
-    return copies + max(panels, behind)
+    dense = 4 * m * n if copies is None else 0  # the exact route has it whole after all
+    behind = 8 * 3 * m * m if last == "gram" else 4 * (2 * m * n + 6 * m * m) + dense
+    return (slice_bytes(m) if copies is None else copies) + max(panels, behind)

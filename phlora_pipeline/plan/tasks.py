@@ -59,6 +59,12 @@ class Member:
         factors = 4 * min(self.settings.max_rank, d, k) * (d + k) * len(self.block.pairs)
         return self.block.read_bytes + beside * routes.worker_bytes(*self._problem(profile)) + factors
 
+    def device_bytes(self, profile: lowrank.Profile) -> int:
+        """Peak memory on a GPU of one of its matrices, ΔW being resident; more are done at once only where they fit."""
+        if self.block.purpose == "measure":
+            return min(_PIECE_BYTES, 4 * self.block.pairs[0].numel)
+        return routes.device_bytes(*self._problem(profile))
+
     def _problem(self, profile: lowrank.Profile) -> tuple[int, int, int, lowrank.Solver, lowrank.Profile]:
         d, k = self.block.shape
         return d, k, self.settings.max_rank, self.settings.solver, profile

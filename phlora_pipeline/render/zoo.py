@@ -75,6 +75,12 @@ def show_forecast(forecast: Forecast) -> None:
         line(
             f"  solver {solver}: {_span(seconds)}{price}; {_span(forecast.compute_seconds[solver])} of one worker's time to compute"
         )
+    if forecast.gpu_memory:
+        line(f"a GPU of {size(forecast.gpu_memory)}: the largest tensor takes {size(forecast.gpu_bytes)}")
+    for name, needed in forecast.sliced.items():
+        line(
+            f"warning: {name} would take {size(needed)}, and does not fit: it is formed slice by slice, or on the processor, and takes longer than is told here"
+        )
 
 
 def _span(seconds: float) -> str:

@@ -6,6 +6,7 @@ the nodes' networks, or the longest single task, whichever is most. Rates are th
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,12 @@ from phlora_pipeline.zoofile import ZooConfig
 SOLVERS: tuple[Solver, ...] = ("auto", "exact")
 """Whose times are told side by side: ours, and the full SVD of the paper."""
 
+GPU_MEMORY = {"sm80": 40e9, "sm90": 80e9}
+"""Profile → bytes of such a GPU, at least."""
+
+_USABLE = 0.9
+"""Of a GPU's memory; the rest is the driver's, the libraries', and gaps."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
@@ -35,6 +42,7 @@ class Cluster:
         node_read_rate: bytes per second that one node reads from storage.
         price: of a node, per hour, in whatever currency; 0 where it is not known.
         profile: rates of one GPU, or of one worker on processors.
+        gpu_memory: bytes of one GPU; 0: as its kind has at least.
     """
 
     nodes: int = 1
@@ -42,11 +50,17 @@ class Cluster:
     node_read_rate: float = 3e9
     price: float = 0.0
     profile: str = "sm80"
+    gpu_memory: float = 0.0
 
     @property
     def workers(self) -> int:
         """GPUs in all."""
         return self.nodes * self.gpus_per_node
+
+    @property
+    def memory(self) -> float | None:
+        """Bytes of one GPU; None where that is not known, and on processors."""
+        return self.gpu_memory or GPU_MEMORY.get(self.profile)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +104,10 @@ class Forecast:
         compute_seconds: solver → of one worker, without reading.
         seconds: solver → that the night takes at least on the cluster.
         cost: solver → of the nodes for that time; empty without a price.
+        gpu_memory: bytes of one GPU, as far as known.
+        gpu_bytes: that the largest tensor takes of them.
+        sliced: tensor → the bytes that it would take and that are not there: it is formed slice by slice, or on the
+            processor, and takes longer than is told here.
     """
 
     cluster: Cluster
@@ -103,6 +121,9 @@ class Forecast:
     compute_seconds: dict[str, float]
     seconds: dict[str, float]
     cost: dict[str, float]
+    gpu_memory: float | None
+    gpu_bytes: int
+    sliced: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -127,6 +148,8 @@ def forecast(config: ZooConfig, cluster: Cluster) -> Forecast:
     compute: dict[str, float] = {solver: sum(_seconds(task, solver, profile) for task in tasks) for solver in SOLVERS}
     read = sum(task.nbytes for task in tasks)
     seconds: dict[str, float] = {solver: _night(tasks, solver, profile, cluster) for solver in SOLVERS}
+    needed = _device_bytes(tasks, profile)
+    room = math.inf if cluster.memory is None else _USABLE * cluster.memory
     hours = {solver: cluster.nodes * each / 3600 for solver, each in seconds.items()}
     return Forecast(
         cluster,
@@ -140,7 +163,20 @@ def forecast(config: ZooConfig, cluster: Cluster) -> Forecast:
         compute,
         seconds,
         {solver: cluster.price * each for solver, each in hours.items()} if cluster.price else {},
+        cluster.memory,
+        max(needed.values(), default=0),
+        {name: nbytes for name, nbytes in needed.items() if nbytes > room},
     )
+
+
+def _device_bytes(tasks: Sequence[Task], profile: Profile) -> dict[str, int]:
+    """Tensor → what it takes on a GPU, at most."""
+    found: dict[str, int] = {}
+    for member in (member for task in tasks for member in task.members):
+        nbytes = member.device_bytes(profile)
+        for pair in member.block.pairs:
+            found[pair.name] = max(nbytes, found.get(pair.name, 0))
+    return found
 
 
 def _states(found: Sequence[Standing]) -> dict[str, int]:

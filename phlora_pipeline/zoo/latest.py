@@ -198,7 +198,7 @@ def _told_head(told: Mapping[str, Any]) -> Head:
 def _foreign(url: str) -> ConflictError:
     return ConflictError(
         f"{url} does not name a version: it is damaged, or of another format",
-        remedy="remove it: the next run writes it anew; a rollback has to be made again",
+        remedy="remove it, and the model's folder in _state: the next run writes both anew; a rollback has to be made again",
     )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import yaml
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 OVERLAYS = sorted(path.name for path in (CLUSTER / "overlays").iterdir())
+OBSERVED = "cpu+observability"
+"""An overlay with the component added, as its README says."""
 
 Document = dict[str, Any]
 
@@ -26,10 +30,19 @@ def rendered(overlay: str) -> list[Document]:
 
 @functools.cache
 def _rendered(overlay: str) -> list[Document]:
+    name, _, component = overlay.partition("+")
+    if not component:
+        return _built(CLUSTER / "overlays" / name)
+    with tempfile.TemporaryDirectory() as folder:
+        made = shutil.copytree(CLUSTER, Path(folder) / "cluster") / "overlays" / name
+        with (made / "kustomization.yaml").open("a") as file:
+            file.write(f"components: [../../{component}]\n")
+        return _built(made)
+
+
+def _built(folder: Path) -> list[Document]:
     kubectl = Path(sys.executable).with_name("kubectl")  # the pinned one, and not the machine's
-    done = subprocess.run(
-        [kubectl, "kustomize", CLUSTER / "overlays" / overlay], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return list(yaml.load_all(done.stdout, yaml.CSafeLoader))
 
@@ -65,5 +78,6 @@ def selects(selector: Document, template: Document) -> bool:
     """Whether a label selector means a pod of this template."""
     labels = template.get("metadata", {}).get("labels", {})
     matches = (labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
-    kinds = (labels.get(item["key"]) in item["values"] for item in selector.get("matchExpressions", ()))
+    expressions = selector.get("matchExpressions", ())
+    kinds = (item["operator"] == "In" and labels.get(item["key"]) in item["values"] for item in expressions)
     return all(matches) and all(kinds)

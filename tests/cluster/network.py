@@ -43,6 +43,20 @@ def network(documents: list[Document]) -> Iterator[str]:
             yield f"{part}: {sorted(reached ^ NETWORK[part])}"
 
 
+def scraped(documents: list[Document]) -> Iterator[str]:
+    """Where there is a PodMonitor, it means Ray's nodes, by a port that they have and that is let in."""
+    for item in documents:
+        if item["kind"] == "PodMonitor":
+            meant = {part: pod for part, pod in pods(documents) if selects(item["spec"]["selector"], pod)}
+            if set(meant) != {"head", "workers"}:
+                yield f"scrapes {sorted(meant)}"
+            for part, pod in meant.items():
+                ports = {port["name"]: port["containerPort"] for port in pod["spec"]["containers"][0]["ports"]}
+                for endpoint in item["spec"]["podMetricsEndpoints"]:
+                    if f"from monitoring TCP {ports.get(endpoint['port'])}" not in NETWORK[part]:
+                        yield f"{part}: {endpoint['port']} is not let in"
+
+
 def _shown(spec: Document) -> Iterator[str]:
     for direction, others in (("ingress", "from"), ("egress", "to")):
         for rule in spec.get(direction, ()):
@@ -56,6 +70,11 @@ def _peer(peer: Document) -> str:
         return f"{block['cidr']} but {','.join(block.get('except', ['nothing']))}"
     labels: Sequence[str] = [
         *(value for part in peer.values() for value in part.get("matchLabels", {}).values()),
-        *("|".join(item["values"]) for part in peer.values() for item in part.get("matchExpressions", ())),
+        *(
+            "|".join(item["values"])
+            for part in peer.values()
+            for item in part.get("matchExpressions", ())
+            if item["operator"] == "In"
+        ),
     ]
     return "+".join(labels) or "anybody"

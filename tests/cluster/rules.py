@@ -34,7 +34,7 @@ def faults(documents: list[Document]) -> Iterator[str]:
     for check in (
         zoo, words, namespaces, schedules, exit_codes, rayjob, cluster, stopping, workers, ray_version, roles, disruption,
         containers.restricted, containers.resources, containers.mounts, containers.references, containers.images,
-        containers.accounts, network.network,
+        containers.accounts, network.network, network.scraped,
     ):  # fmt: skip
         for fault in check(documents):
             yield f"{check.__name__}: {fault}"

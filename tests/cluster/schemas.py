@@ -22,6 +22,31 @@ KUBERNETES = "1.32"
 CRD = ROOT.parent / "shared" / "kuberay" / "rayjobs.v1.7.0.yaml"
 """KubeRay's own schema; where it is not, the fields that are used are checked by ours alone."""
 
+_TEXT, _TEXTS = {"type": "string"}, {"type": "object", "additionalProperties": {"type": "string"}}
+_RULE = {"alert": _TEXT, "expr": _TEXT, "labels": _TEXTS, "annotations": _TEXTS}
+_EXPRESSION = {"key": _TEXT, "operator": _TEXT, "values": {"type": "array", "items": _TEXT}}
+
+
+def _only(needed: str, **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": needed.split(), "additionalProperties": False}
+
+
+def _many(inner: Any) -> dict[str, Any]:
+    return {"type": "array", "items": inner, "minItems": 1}
+
+
+MONITORING: dict[str, Any] = {
+    "PrometheusRule": _only(
+        "groups", groups=_many(_only("name rules", name=_TEXT, rules=_many(_only("alert expr", **_RULE))))
+    ),
+    "PodMonitor": _only(
+        "selector podMetricsEndpoints",
+        selector=_only("matchExpressions", matchExpressions=_many(_only("key operator", **_EXPRESSION))),
+        podMetricsEndpoints=_many(_only("port", port=_TEXT, interval={"type": "string", "pattern": "^[0-9]+s$"})),
+    ),
+}
+"""Kind of the Prometheus operator's → its spec, in the fields that are used."""
+
 OURS = Path(__file__).with_name("rayjob.schema.json")
 
 
@@ -32,12 +57,19 @@ def faults(documents: list[Document]) -> Iterator[str]:
         if item.get("apiVersion") == "ray.io/v1":
             for validator in rayjob_validators():
                 yield from _told(what, validator, item)
+        elif item.get("apiVersion") == "monitoring.coreos.com/v1" and item.get("kind") in MONITORING:
+            yield from _told(what, jsonschema.Draft202012Validator(_monitoring(item["kind"])), item)
         else:
             yield from _core(what, item)
     # No schema of KubeRay's checks a pod as strictly as that of pods.
     for part, template in pods(documents):
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x", **template.get("metadata", {})}}
         yield from _core(f"pod of {part}", {**pod, "spec": template["spec"]})
+
+
+def _monitoring(kind: str) -> dict[str, Any]:
+    metadata = _only("name namespace", name=_TEXT, namespace=_TEXT, labels=_TEXTS)
+    return _only("metadata spec", apiVersion=_TEXT, kind=_TEXT, metadata=metadata, spec=MONITORING[kind])
 
 
 @functools.cache

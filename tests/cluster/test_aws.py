@@ -18,6 +18,7 @@ import yaml
 from botocore.validate import ParamValidator
 
 from phlora_pipeline import zoofile
+from phlora_pipeline.doctor.places import PROBES
 from phlora_pipeline.zoo import layout
 from tests.cluster.manifests import CLUSTER, ROOT, named, rendered
 
@@ -63,6 +64,7 @@ PUT, DELETE, GET, ABORT = "s3:PutObject", "s3:DeleteObject", "s3:GetObject", "s3
 WEIGHTS = f"{ADAPTERS}/zoo/support-bot/0f0f/{layout.WEIGHTS}"
 PART = f"{ADAPTERS}/zoo/{layout.PARTS}/support-bot/0f0f/b.safetensors"
 OUTCOME = f"{ADAPTERS}/zoo/{layout.STATE}/support-bot/0f0f/outcome.json"
+PROBE = f"{ADAPTERS}/zoo/{layout.PARTS}/{PROBES}/0f0f"
 POINTER = f"{ADAPTERS}/zoo/support-bot/{layout.LATEST}"
 
 
@@ -83,6 +85,9 @@ POINTER = f"{ADAPTERS}/zoo/support-bot/{layout.LATEST}"
         (NIGHT, PUT, OUTCOME, SEEN, True),
         (NIGHT, PUT, f"{MODELS}/finetunes/a/model.safetensors", MADE, False),
         (NIGHT, PUT, f"{ADAPTERS}/elsewhere/x", MADE, False),
+        (NIGHT, PUT, f"{PROBE}/once", MADE, True),
+        (NIGHT, PUT, f"{PROBE}/{layout.LATEST}", SEEN, True),  # the doctor's, as the night's role
+        (NIGHT, DELETE, f"{PROBE}/{layout.LATEST}", {}, True),
         (NIGHT, DELETE, PART, {}, True),
         (NIGHT, DELETE, WEIGHTS, {}, False),
         (NIGHT, DELETE, OUTCOME, {}, False),

@@ -14,7 +14,14 @@ import yaml
 
 from phlora_pipeline import zoofile
 from tests.cluster import rules, schemas
-from tests.cluster.manifests import CLUSTER, OVERLAYS, ROOT, named, pods, rendered
+from tests.cluster.manifests import CLUSTER, OBSERVED, OVERLAYS, ROOT, named, pods, rendered
+
+
+def test_nothing_is_wrong_with_an_overlay_that_is_observed() -> None:
+    documents = rendered(OBSERVED)
+    assert {"PrometheusRule", "PodMonitor"} <= {item["kind"] for item in documents}
+    assert list(schemas.faults(documents)) == []
+    assert list(rules.faults(documents)) == []
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

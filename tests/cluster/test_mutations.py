@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.cluster import rules, schemas
-from tests.cluster.manifests import OVERLAYS, Document, rendered, walk
+from tests.cluster.manifests import OBSERVED, OVERLAYS, Document, rendered, walk
 
 GONE = object()
 
@@ -143,6 +143,8 @@ MUTATIONS: list[tuple[str, Any]] = [
     ("NetworkPolicy/phlora-ray/spec/ingress/1/ports", GONE),
     ("NetworkPolicy/phlora-ray/spec/ingress/1/ports/0/protocol", "HTTP"),
     ("NetworkPolicy/phlora-ray/spec/podSelector", {"matchLabels": {"app": "ray"}}),
+    ("NetworkPolicy/phlora-ray/spec/podSelector/matchExpressions/0/operator", "NotIn"),
+    ("NetworkPolicy/phlora-ray/spec/ingress/0/from/0/podSelector/matchExpressions/0/operator", "NotIn"),
     ("NetworkPolicy/phlora-ray/spec/egress/1/to/0/ipBlock/except", []),
     ("NetworkPolicy/phlora-ray/spec/policyTypes", ["Ingres", "Egress"]),
     ("NetworkPolicy/phlora-submit/spec/podSelector/matchLabels", {"app.kubernetes.io/component": "submitter"}),
@@ -174,10 +176,30 @@ ON_A100: list[tuple[str, Any]] = [
 ]  # fmt: skip
 
 
+WHERE_OBSERVED: list[tuple[str, Any]] = [
+    ("PodMonitor/phlora/spec/selector/matchExpressions/0/values", ["head", "workers"]),
+    ("PodMonitor/phlora/spec/selector/matchExpressions/0/operator", "NotIn"),
+    ("PodMonitor/phlora/spec/podMetricsEndpoints/0/port", "dashboard"),
+    ("PodMonitor/phlora/spec/podMetricsEndpoints/0/port", 8080),
+    ("PodMonitor/phlora/spec/podMetricsEndpoints", []),
+    ("PodMonitor/phlora/metadata/namespace", "monitoring"),
+    ("PodMonitor/phlora/kind", "ServiceMonitor"),
+    ("PrometheusRule/phlora/spec/groups/0/rules/0/expr", GONE),
+    ("PrometheusRule/phlora/spec/groups/0/rules/0/labels/severity", 1),
+    ("PrometheusRule/phlora/apiVersion", "monitoring.coreos.com/v1alpha1"),
+]
+
+
 def cases() -> Iterator[Any]:
     for overlay in OVERLAYS:
         for path, value in MUTATIONS + (ON_A100 if "a100" in overlay else []):
-            yield pytest.param(overlay, path, value, id=f"{overlay}-{path}-{'gone' if value is GONE else value}"[:150])
+            yield _case(overlay, path, value)
+    for path, value in WHERE_OBSERVED:
+        yield _case(OBSERVED, path, value)
+
+
+def _case(overlay: str, path: str, value: Any) -> Any:
+    return pytest.param(overlay, path, value, id=f"{overlay}-{path}-{'gone' if value is GONE else value}"[:150])
 
 
 @pytest.mark.parametrize(("overlay", "path", "value"), list(cases()))
@@ -188,7 +210,7 @@ def test_it_is_caught(overlay: str, path: str, value: Any) -> None:
     assert fault(after)
 
 
-@pytest.mark.parametrize("overlay", ["cpu", "aws-a100-spot"])  # every field is in one of them
+@pytest.mark.parametrize("overlay", [OBSERVED, "aws-a100-spot"])  # every field is in one of them
 def test_a_key_that_is_misspelt_is_caught_wherever_it_stands(overlay: str) -> None:
     """But for labels and the like, of which the rules ask for those that matter."""
     documents, missed = rendered(overlay), []

@@ -159,6 +159,25 @@ class TestMemory:
     def test_it_does_not_depend_on_orientation(self, d: int, k: int, rank: int, profile: Profile, solver: Any) -> None:
         assert routes.worker_bytes(d, k, rank, solver, profile) == routes.worker_bytes(k, d, rank, solver, profile) >= 0
 
+    @settings(max_examples=60, deadline=None)
+    @given(d=SIDES, k=SIDES, rank=RANKS, profile=ANY_PROFILE, solver=ANY_SOLVER)
+    def test_a_gpu_needs_less_than_a_processor_and_least_for_slices(
+        self, d: int, k: int, rank: int, profile: Profile, solver: Any
+    ) -> None:
+        here = routes.device_bytes(d, k, rank, solver, profile)
+        assert here >= 4 * d * k
+        assert here <= routes.worker_bytes(d, k, rank, solver, profile) or routes.is_blocked(d, k, "cpu")
+        slices = routes.device_bytes(d, k, rank, solver, profile, sliced=True)
+        assert slices == routes.device_bytes(k, d, rank, solver, profile, sliced=True)
+
+    def test_slices_take_next_to_nothing_of_a_gpu_but_for_the_full_svd(self) -> None:
+        whole, slices = (
+            routes.device_bytes(128_256, 8192, 32, "auto", PROFILES["sm80"], sliced=sliced) for sliced in (False, True)
+        )
+        assert 6 * 128_256 * 8192 < whole < 8 * 128_256 * 8192
+        assert slices < whole / 2
+        assert routes.device_bytes(128_256, 8192, 32, "exact", PROFILES["sm80"], sliced=True) > whole
+
     def test_a_processor_forms_only_what_is_huge_slice_by_slice(self) -> None:
         assert routes.is_blocked(128_000, 8192, "cpu")
         assert not routes.is_blocked(4096, 11008, "cpu")

@@ -74,6 +74,17 @@ def test_what_would_fail_or_wait_is_named(zoo: Zoo) -> None:
     assert json.loads(json.dumps(everything.as_dict()))["states"] == {"due": 4}
 
 
+def test_a_gpu_that_is_too_small_is_told_with_the_tensors_that_are_too_large(zoo: Zoo) -> None:
+    largest = "model.layers.0.mlp.down_proj.weight"
+    roomy = forecast(zoo.config(), Cluster())
+    assert (roomy.gpu_memory, roomy.sliced) == (40e9, {})
+    assert forecast(zoo.config(), Cluster(gpu_memory=80e9)).gpu_memory == 80e9
+    tight = forecast(zoo.config(), Cluster(gpu_memory=roomy.gpu_bytes))  # a tenth of it is not for tensors
+    assert tight.sliced == {largest: roomy.gpu_bytes}
+    assert not forecast(zoo.config(), Cluster(gpu_memory=1.2 * roomy.gpu_bytes)).sliced
+    assert forecast(zoo.config(), Cluster(profile="cpu")).gpu_memory is None
+
+
 def test_an_unknown_profile_is_refused(zoo: Zoo) -> None:
     with pytest.raises(RequestError, match="no profile 'a100'"):
         forecast(zoo.config(), Cluster(profile="a100"))
