@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from phlora_pipeline import targets
 from phlora_pipeline.adapter import PREFIX
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef, read_tensors
 
@@ -36,7 +37,24 @@ def without_kept(
             left[key] = ref
     there = {key.removeprefix(PREFIX).rpartition(".")[0] for key in tensors}
     problems += [f"modules_to_save names {module}, which is not in the file" for module in whole if module not in there]
+    problems += _two_vocabularies({key.removeprefix(PREFIX) for key in tensors}, left, base, tuned)
     return left, problems
+
+
+def _two_vocabularies(
+    there: set[str], left: Mapping[str, TensorRef], base: Checkpoint, tuned: Checkpoint
+) -> Iterator[str]:
+    """Pairs have the base's rows, what is kept whole the fine-tune's."""
+    other = {
+        name: (ref.shape[0], tuned.tensors[name].shape[0])
+        for name, ref in base.tensors.items()
+        if name in tuned.tensors and ref.shape[:1] != tuned.tensors[name].shape[:1]
+    }
+    kept = [name for name in other if name in there]
+    for name in other.keys() - kept if kept else ():
+        module = targets.module_of(name)
+        if any(key.startswith(f"{PREFIX}{module}.lora_") for key in left):
+            yield f"{module} has a pair for the base's {other[name][0]} rows, but {kept[0]} is kept with the fine-tune's {other[kept[0]][1]}: no model has both"
 
 
 def _bias_problems(module: str, ref: TensorRef, base: Checkpoint, tuned: Checkpoint) -> Iterator[str]:
