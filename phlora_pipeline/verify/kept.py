@@ -35,10 +35,27 @@ def without_kept(
             problems += _whole_problems(name, ref, tuned)
         else:
             left[key] = ref
-    there = {key.removeprefix(PREFIX).rpartition(".")[0] for key in tensors}
-    problems += [f"modules_to_save names {module}, which is not in the file" for module in whole if module not in there]
-    problems += _two_vocabularies({key.removeprefix(PREFIX) for key in tensors}, left, base, tuned)
+    there = {key.removeprefix(PREFIX) for key in tensors}
+    problems += _missing(there, config, tuned)
+    problems += _two_vocabularies(there, left, base, tuned)
     return left, problems
+
+
+def _missing(there: set[str], config: Mapping[str, Any], tuned: Checkpoint) -> Iterator[str]:
+    """What PEFT would look for in the file; it makes up the rest, and only says so."""
+    whole = tuple(config.get("modules_to_save") or ())
+    modules = {name.rpartition(".")[0] for name in there}
+    gone = [module for module in whole if module not in modules]
+    yield from (f"modules_to_save names {module}, which is not in the file" for module in gone)
+    for name in tuned.tensors:
+        module = name.rpartition(".")[0]
+        if whole and module.endswith(whole) and name not in there and module not in gone:
+            yield f"{name} is of a module in modules_to_save, but is not in the file"
+    if config.get("lora_bias"):
+        pairs = {name.removesuffix(".weight") for name in there if name.endswith(".lora_B.weight")}
+        yield from (
+            f"{pair} has no bias, but lora_bias is set" for pair in sorted(pairs) if f"{pair}.bias" not in there
+        )
 
 
 def _two_vocabularies(
