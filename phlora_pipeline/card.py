@@ -55,7 +55,7 @@ def model_card(
         "## Loading it",
         "",
         *loading(rules, plan.written_rank, base_name, own_ranks=plan.per_tensor_ranks, carried=bool(summary.carried)),
-        *_new_rows(plan, rows),
+        *_other_rows(plan, rows),
     ]
     if plan.tied:
         lines += [
@@ -133,19 +133,20 @@ def loading(rules: ServerRules, rank: int, base_name: str, *, own_ranks: bool, c
     return [*lines, ""]
 
 
-def _new_rows(plan: Plan, rows: Sequence[EnergyRow]) -> list[str]:
-    """Who can load a vocabulary that the fine-tune has grown."""
-    grown = {row.tensor: row for row in rows if row.tensor in plan.grown}
-    if not grown:
-        return []
-    tokens = max(row.shape[0] for row in grown.values())
-    if any(row.status == "carried" for row in grown.values()):
+def _other_rows(plan: Plan, rows: Sequence[EnergyRow]) -> list[str]:
+    """Who can load a vocabulary that the fine-tune has grown or shrunk."""
+    pairs = ((row, plan.matrices.get(row.module)) for row in rows if row.status == "carried")
+    kept = [row.shape[0] for row, pair in pairs if pair and row.tensor == pair.name and row.shape[0] != pair.rows]
+    if kept:
         return [
-            f"The fine-tune has more tokens than the base: resize the base before loading, `base_model.resize_token_embeddings({tokens})`. Without that PEFT refuses the adapter; no server can load it.",
+            f"The fine-tune has not as many tokens as the base: resize the base before loading, `base_model.resize_token_embeddings({max(kept)})`. Without that PEFT refuses the adapter; no server can load it.",
             "",
         ]
+    grown = [row.shape[0] for row in rows if row.tensor in plan.grown]
+    if not grown:
+        return []
     return [
-        f"The fine-tune has more tokens than the base, up to {tokens}; the adapter is for the base's own and does not know the new ones. `--for peft --carry all` keeps them.",
+        f"The fine-tune has more tokens than the base, up to {max(grown)}; the adapter is for the base's own and does not know the new ones. `--for peft --carry all` keeps them.",
         "",
     ]
 

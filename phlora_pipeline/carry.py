@@ -21,6 +21,7 @@ Carry = Literal["none", "all"]
 How = Literal["bias", "module"]
 
 BESIDE_BIASES = "kept whole: in modules_to_save, since PEFT's lora_bias does not go with a LoRA on an embedding"
+OTHER_ROWS = "kept whole: in modules_to_save, with the fine-tune's rows, which are not as many as the base's"
 
 
 @dataclass(frozen=True, slots=True)

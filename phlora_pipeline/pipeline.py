@@ -267,15 +267,18 @@ def _judge(reduction: Reduction, config: RunConfig) -> list[str]:
     return [f"{told}: far for a fine-tune; is it the right base?"]
 
 
-def _dropped(reduction: Reduction) -> list[str]:
-    """One line on what a server would not take: by name, with its share of the energy and the remedy."""
-    out = [item for item in summarize(reduction.rows).left_out if "--for peft" in item[1]]
-    if not out:
-        return []
-    names = ", ".join(name for name, *_ in out[:3]) + (f" and {len(out) - 3} more" if len(out) > 3 else "")
-    return [
-        f"not every server takes {names}: {percent(sum(item[2] for item in out), 2)} of ‖ΔW‖² left out; --for peft adapts them"
-    ]
+def _dropped(reduction: Reduction) -> Iterator[str]:
+    """What could be taken along: by name, with its share of the energy and the remedy."""
+    left_out = summarize(reduction.rows).left_out
+    carried = [item for item in left_out if "--for peft --carry all" in item[1]]
+    adapted = [item for item in left_out if "--for peft" in item[1] and item not in carried]
+    for out, who, remedy in (
+        (adapted, "not every server takes", "--for peft adapts them"),
+        (carried, "PEFT has no pair for", "--for peft --carry all keeps them whole"),
+    ):
+        names = ", ".join(name for name, *_ in out[:3]) + (f" and {len(out) - 3} more" if len(out) > 3 else "")
+        if out:
+            yield f"{who} {names}: {percent(sum(item[2] for item in out), 2)} of ‖ΔW‖² left out; {remedy}"
 
 
 def _failed(reduction: Reduction, run_url: str, config: RunConfig) -> ModelFailedError:

@@ -35,6 +35,7 @@ STRANGERS: dict[str, Callable[[], PreTrainedModel]] = {
     "opt": lambda: _build(
         "OPT", "ForCausalLM", **SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=40, pad_token_id=1
     ),
+    "phi": lambda: _build("Phi", "ForCausalLM", **GATED),
     "deberta-v2": lambda: _build(
         "DebertaV2", "ForTokenClassification", **SIZES, intermediate_size=48, max_position_embeddings=40,
         relative_attention=True, pos_att_type=["p2c", "c2p"],

@@ -189,3 +189,28 @@ def test_convolutions_are_the_fine_tunes(carried: str, tmp_path: Path) -> None:
     }
     assert rows["stem.weight"].shape == (8, 2, 3, 3)
     assert sum((row.delta_norm or 0.0) ** 2 for row in rows.values()) == pytest.approx(total_energy(*folders), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer:peft.utils.warning.PeftWarning")
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("norm.weight", "norm.weight is of a module in modules_to_save, but is not in the file"),
+        ("norm.running_mean", "norm.running_mean is of a module in modules_to_save, but is not in the file"),
+        ("stem.lora_B.bias", "stem.lora_B has no bias, but lora_bias is set"),
+        ("norm.", "modules_to_save names norm, which is not in the file"),
+    ],
+)
+def test_what_is_missing_is_found_without_any_manifest(key: str, told: str, tmp_path: Path) -> None:
+    """PEFT loads such a file without an error, and has the base's values there, or zeros."""
+    folders = saved(net(1), tmp_path / "base"), saved(net(2), tmp_path / "tuned")
+    out = tmp_path / "out"
+    runs.extract(*folders, out, dialect="peft", carry="all", force=True)
+    for name in ("energy.parquet", "run.json"):
+        (out / name).unlink()
+    assert verify(*map(str, folders), str(out)).passed
+    tensors = load_file(out / "adapter_model.safetensors")
+    (out / "adapter_model.safetensors").unlink()
+    kept = {name: value for name, value in tensors.items() if not name.startswith(f"base_model.model.{key}")}
+    save_file(kept, out / "adapter_model.safetensors")
+    assert verify(*map(str, folders), str(out)).problems == (told,)

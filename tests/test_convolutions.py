@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from phlora_pipeline import convolutions, pipeline, targets
+from phlora_pipeline import convolutions, pipeline, several, targets
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.verify import verify
 from tests import models, runs
@@ -139,6 +139,50 @@ def test_a_share_of_the_energy_is_kept_in_every_group(pair: tuple[Net, Net, Path
     assert all((row.preserved_energy or 0) >= 0.7 for row in rows)
     assert verify(*map(str, folders), str(tmp_path / "out")).passed
     models.loaded(base, tmp_path / "out")
+
+
+@pytest.mark.parametrize("carry", ["none", "all"])
+@pytest.mark.parametrize("ranks", [{"rank": "auto"}, {"energy": 0.5}, {"energy": 0.9, "max_rank": 2}, {"budget": "8KB"}, {"budget": "6100B"}])  # fmt: skip
+def test_however_ranks_are_chosen_peft_loads_them_and_the_file_weighs_what_was_said(
+    ranks: dict[str, object], carry: str, pair: tuple[Net, Net, Path, Path], tmp_path: Path
+) -> None:
+    base, _, *folders = pair
+    out = tmp_path / "out"
+    result = runs.extract(*folders, out, dialect="peft", carry=carry, conv_groups=SAID, **ranks)
+    tensors = load_file(out / "adapter_model.safetensors")
+    for name, groups in GROUPED.items():
+        rank = tensors[f"base_model.model.{name}.lora_A.weight"].shape[0]
+        own = [row.rank for key, row in runs.rows(out).items() if key.startswith(f"{name}.group")]
+        assert rank == groups * max(own)
+    models.loaded(base, out)
+    assert verify(*map(str, folders), str(out)).passed
+    assert (out / "adapter_model.safetensors").stat().st_size == result.adapter_bytes
+    if "budget" in ranks:
+        assert result.adapter_bytes <= {"8KB": 8000, "6100B": 6100}[str(ranks["budget"])]
+
+
+def test_several_ranks_at_once_are_each_a_multiple_of_the_groups(
+    pair: tuple[Net, Net, Path, Path], tmp_path: Path
+) -> None:
+    base, _, *folders = pair
+    config = runs.settings(*folders, tmp_path / "out", rank=9, dialect="peft", conv_groups=SAID)
+    for one in several.extract(config, (2, 9), runs.Watcher()):
+        models.loaded(base, Path(one.out))
+        runs.extract(
+            *folders, tmp_path / "alone", rank=one.rank, max_rank=9, dialect="peft", conv_groups=SAID, overwrite=True
+        )
+        assert runs.contents(Path(one.out)) == runs.contents(tmp_path / "alone")
+
+
+def test_what_peft_has_no_pair_for_is_told_with_the_remedy_that_helps(
+    pair: tuple[Net, Net, Path, Path], tmp_path: Path
+) -> None:
+    _, _, *folders = pair
+    watcher = runs.Watcher()
+    runs.extract(*folders, tmp_path / "out", dialect="peft", conv_groups=SAID, observer=watcher)
+    (told,) = (text for text in watcher.warnings if "left out" in text)
+    assert told.startswith("PEFT has no pair for up.weight, depthwise.weight: ")
+    assert told.endswith("; --for peft --carry all keeps them whole")
 
 
 def test_a_group_that_did_not_change_has_zeros(tmp_path: Path) -> None:

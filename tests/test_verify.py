@@ -289,4 +289,7 @@ class TestCommand:
         assert record["passed"] is False
         assert [module["module"] for module in record["modules"] if module["problem"]] == [Q0]
         assert self.verify(zoo, monkeypatch) == 13
-        assert "FAILED" in capsys.readouterr().out
+        *_, head, fault, last = capsys.readouterr().out.splitlines()
+        assert head.split() == ["module", "energy", "promised", "problem"]
+        assert fault.startswith(f"{Q0}  ")  # its whole name, however long
+        assert last.startswith("FAILED")

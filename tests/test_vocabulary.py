@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from phlora_pipeline import targets
+from phlora_pipeline import carry, targets
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.verify import verify
 from tests import models, runs, toys
@@ -76,13 +77,22 @@ def resized(model: PreTrainedModel, rows: int) -> PreTrainedModel:
     return made.eval()
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-@pytest.mark.parametrize("name", ["llama", "llama-tied"])
-class TestInPeft:
-    """A Llama with 64 tokens, and fine-tunes with 67 and 61."""
+IN_PEFT = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:`lora_bias=True` was passed but the targeted layer:peft.utils.warning.PeftWarning"
+    ),
+]
 
+
+class TestInPeft:
+    """A model with 64 tokens, and fine-tunes with 67 and 61."""
+
+    pytestmark = IN_PEFT
+
+    @pytest.mark.parametrize("name", ["llama", "llama-tied"])
     @pytest.mark.parametrize("rows", [67, 61])
     def test_on_the_base_as_it_is_shared_tokens_are_the_fine_tunes(self, name: str, rows: int, tmp_path: Path) -> None:
         base = models.MODELS[name]()
@@ -95,15 +105,49 @@ class TestInPeft:
         assert found.shape[-1] == 64
         assert models.distance(found[..., :shared], logits(tuned, tokens)[..., :shared]) < 1e-4
 
-    def test_on_a_resized_base_the_carried_rows_are_there_too(self, name: str, tmp_path: Path) -> None:
-        base = models.MODELS[name]()
-        tuned = models.moved(resized(base, 67), where=models.everything)
+    @pytest.mark.parametrize(
+        ("name", "rows"), [("llama", 67), ("llama-tied", 67), ("qwen2", 67), ("qwen2", 61), ("opt", 61), ("phi", 61)]
+    )
+    def test_on_a_resized_base_what_is_kept_whole_is_there_too(self, name: str, rows: int, tmp_path: Path) -> None:
+        """Qwen2 and Phi have biases, for whose sake embeddings are kept whole; Phi has one in its output, too."""
+        base = {**models.MODELS, **models.STRANGERS}[name]()
+        tuned = models.moved(resized(base, rows), where=models.everything)
         folders = models.save(base, tmp_path / "base"), models.save(tuned, tmp_path / "tuned")
         runs.extract(*folders, tmp_path / "out", rank=FULL, dialect="peft", carry="all")
-        tokens = torch.arange(67).reshape(1, -1)[:, 37:]
-        found = logits(models.adapted(resized(base, 67), tmp_path / "out"), tokens)
+        tokens = torch.arange(rows).reshape(1, -1)[:, -30:]
+        found = logits(models.adapted(resized(base, rows), tmp_path / "out"), tokens)
         assert models.distance(found, logits(tuned, tokens)) < 1e-4
-        rows = runs.rows(tmp_path / "out")
-        assert rows["model.embed_tokens.weight[64:]"].status == "carried"
-        assert rows["model.embed_tokens.weight"].status == "carried"
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            models.adapted(base, tmp_path / "out")
+        assert f"resize_token_embeddings({rows})" in (tmp_path / "out" / "README.md").read_text()
+        by_name = runs.rows(tmp_path / "out")
+        carried = {
+            (row.status, row.reason)
+            for key, row in by_name.items()
+            if row.kind in {"embedding", "lm_head"} and row.shape[0] == rows
+        }
+        assert carried == {("carried", carry.OTHER_ROWS)}
+        assert {row.status for key, row in by_name.items() if key.endswith("[64:]")} == (
+            {"carried"} if rows > 64 else set()
+        )
         assert verify(str(folders[0]), str(folders[1]), str(tmp_path / "out")).passed
+
+
+def test_verify_refuses_two_vocabularies_in_one_adapter(tmp_path: Path) -> None:
+    """An embedding that is kept with the fine-tune's rows, beside an output's pair with the base's: no model has both."""
+    folders = toy_pair(tmp_path, 43, 40)
+    out = tmp_path / "out"
+    runs.extract(*folders, out, dialect="peft", exclude=("*embed*",))
+    assert verify(*map(str, folders), str(out)).passed
+    tensors = load_file(out / "adapter_model.safetensors")
+    embedding = "model.embed_tokens"
+    tensors[f"base_model.model.{embedding}.weight"] = load_file(folders[1] / "model.safetensors")[f"{embedding}.weight"]
+    (out / "adapter_model.safetensors").unlink()
+    save_file(tensors, out / "adapter_model.safetensors")
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": [embedding]}))
+    problems = verify(*map(str, folders), str(out)).problems
+    assert (
+        "lm_head has a pair for the base's 43 rows, but model.embed_tokens.weight is kept with the fine-tune's 40: no model has both"
+        in problems
+    )

@@ -107,17 +107,19 @@ def keep_whole(
     """The choice once more, where what has no low-rank form is kept whole if it changed.
 
     An embedding gives up its factors where the biases of others need PEFT's `lora_bias`, and where the fine-tune has more
-    rows than the base: it is kept whole, with the output that it is tied to.
+    rows than the base: it is kept whole, with the output that it is tied to. It is kept with the fine-tune's rows, so that
+    beside biases whatever else has fewer of them is kept, too: no model has the base's rows and the fine-tune's at once.
 
     Returns:
         Pairs that are adapted, the reason for each tensor that is not, and the place of each that is kept.
     """
     biases = carry.has_biases(tensors, (convolutions.whole_of(pair.module) for pair in chosen))
     shapes = {name: ref.shape for name, ref in tensors.items()}
+    more = {pair.name: tensors[pair.name].shape[0] - pair.rows for pair in chosen}
     aside = {
         pair.name: pair.kind
         for pair in chosen
-        if (biases and pair.kind == "embedding") or tensors[pair.name].shape[0] > pair.rows
+        if more[pair.name] > 0 or (biases and (pair.kind == "embedding" or more[pair.name]))
     }
     adapted = {convolutions.whole_of(pair.module): pair.kind for pair in chosen if pair.name not in aside}
     wanted = aside | {
@@ -131,7 +133,8 @@ def keep_whole(
     }
     places, without = carry.places(wanted, tensors, adapted)
     kept = [pair for pair in chosen if pair.name not in aside or pair.name in without]
-    told = {name: carry.BESIDE_BIASES if name in aside else places[name].words for name in places}
+    told = {name: place.words for name, place in places.items()}
+    told |= {name: carry.OTHER_ROWS if more[name] else carry.BESIDE_BIASES for name in aside if name in places}
     return kept, {**left_out, **told, **{name: why for name, why in without.items() if name in left_out}}, places
 
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from phlora_pipeline.render import ranks
-from phlora_pipeline.render.text import line
+from phlora_pipeline.render.text import line, table
 from phlora_pipeline.summary import percent, reasons, size
 
 if TYPE_CHECKING:  # torch comes with them
     from phlora_pipeline.logits import Agreement
     from phlora_pipeline.pipeline import ExtractResult, Prepared
-    from phlora_pipeline.verify import ModuleCheck, Verification
+    from phlora_pipeline.verify import Verification
 
 MOST_NAMES = 10
 
@@ -134,8 +134,11 @@ def show_profile(rates: dict[str, Any], out: str) -> None:
 def show_verification(found: Verification, agreement: Agreement | None = None) -> None:
     for problem in found.problems:
         line(f"problem: {problem}")
-    if bad := [check for check in found.modules if check.problem]:
-        _show_faults(bad)
+    bad = (check for check in found.modules if check.problem)
+    table(
+        ("module", "energy", "promised", "problem"),
+        ((check.module, percent(check.written_energy, 2), percent(check.promised, 2), check.problem) for check in bad),
+    )
     if agreement:
         line(
             f"against the fine-tune at {agreement.positions} positions: base with adapter KL {agreement.kl:.3g}, first choice equal {percent(agreement.top1)}; base alone KL {agreement.base_kl:.3g}, {percent(agreement.base_top1)}"
@@ -144,13 +147,3 @@ def show_verification(found: Verification, agreement: Agreement | None = None) -
     line(
         f"{state}: {len(found.modules)} modules, {percent(found.written_energy, 2)} of their update's energy is in the written bytes"
     )
-
-
-def _show_faults(bad: Sequence[ModuleCheck]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("module", "energy", "promised", "problem", box=None)
-    for check in bad:
-        table.add_row(check.module, percent(check.written_energy, 2), percent(check.promised, 2), check.problem)
-    Console().print(table)

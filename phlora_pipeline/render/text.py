@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 from phlora_pipeline.errors import PhloraError
@@ -36,3 +37,13 @@ def printable(text: str) -> str:
     2
     """
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Columns as wide as they must be: not cut to a width that a log has not got."""
+    cells = [tuple(printable(cell) for cell in row) for row in [head, *rows]]
+    if len(cells) == 1:
+        return
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    for row in cells:
+        line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from phlora_pipeline.render.text import line, printable
+from phlora_pipeline.render.text import line, table
 from phlora_pipeline.summary import percent, size
 
 if TYPE_CHECKING:  # torch comes with them
@@ -33,7 +33,7 @@ def show_night(result: NightResult) -> None:
             _told(model.state, model.id, model.reason, model.remedy)
     if not result.run:
         line("nothing due")
-    _table(("models", "state"), ((str(count), state) for state, count in result.counts.items()))
+    table(("models", "state"), ((str(count), state) for state, count in result.counts.items()))
     if result.run:
         line(f"read {size(result.read_bytes)} of tensors in {result.seconds:.0f} s")
 
@@ -50,7 +50,7 @@ def show_forecast(forecast: Forecast) -> None:
     if not forecast.models:
         line("nothing would be converted")
         return
-    _table(
+    table(
         ("model", "base", "tensors", "to read", "adapter", "auto", "exact"),
         (
             (
@@ -103,7 +103,7 @@ def _some(names: Sequence[str], most: int = 5) -> str:
 def show_status(status: ZooStatus) -> None:
     counts = ", ".join(f"{count} {state}" for state, count in status.counts.items())
     line(f"{len(status.models)} models: {counts}" if status.models else "there are no models in the zoo")
-    _table(
+    table(
         ("model", "state", "since", "serves", "kept"),
         (
             (
@@ -190,13 +190,3 @@ def _when(moment: str) -> str:
     '2026-11-22 03:04Z'
     """
     return f"{moment[:10]} {moment[11:16]}Z" if moment else ""
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Columns as wide as they must be: not cut to a width that a log has not got."""
-    cells = [tuple(printable(cell) for cell in row) for row in [head, *rows]]
-    if len(cells) == 1:
-        return
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    for row in cells:
-        line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

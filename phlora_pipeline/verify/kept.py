@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from phlora_pipeline import targets
 from phlora_pipeline.adapter import PREFIX
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef, read_tensors
 
@@ -34,9 +35,43 @@ def without_kept(
             problems += _whole_problems(name, ref, tuned)
         else:
             left[key] = ref
-    there = {key.removeprefix(PREFIX).rpartition(".")[0] for key in tensors}
-    problems += [f"modules_to_save names {module}, which is not in the file" for module in whole if module not in there]
+    there = {key.removeprefix(PREFIX) for key in tensors}
+    problems += _missing(there, config, tuned)
+    problems += _two_vocabularies(there, left, base, tuned)
     return left, problems
+
+
+def _missing(there: set[str], config: Mapping[str, Any], tuned: Checkpoint) -> Iterator[str]:
+    """What PEFT would look for in the file; it makes up the rest, and only says so."""
+    whole = tuple(config.get("modules_to_save") or ())
+    modules = {name.rpartition(".")[0] for name in there}
+    gone = [module for module in whole if module not in modules]
+    yield from (f"modules_to_save names {module}, which is not in the file" for module in gone)
+    for name in tuned.tensors:
+        module = name.rpartition(".")[0]
+        if whole and module.endswith(whole) and name not in there and module not in gone:
+            yield f"{name} is of a module in modules_to_save, but is not in the file"
+    if config.get("lora_bias"):
+        pairs = {name.removesuffix(".weight") for name in there if name.endswith(".lora_B.weight")}
+        yield from (
+            f"{pair} has no bias, but lora_bias is set" for pair in sorted(pairs) if f"{pair}.bias" not in there
+        )
+
+
+def _two_vocabularies(
+    there: set[str], left: Mapping[str, TensorRef], base: Checkpoint, tuned: Checkpoint
+) -> Iterator[str]:
+    """Pairs have the base's rows, what is kept whole the fine-tune's."""
+    other = {
+        name: (ref.shape[0], tuned.tensors[name].shape[0])
+        for name, ref in base.tensors.items()
+        if name in tuned.tensors and ref.shape[:1] != tuned.tensors[name].shape[:1]
+    }
+    kept = [name for name in other if name in there]
+    for name in other.keys() - kept if kept else ():
+        module = targets.module_of(name)
+        if any(key.startswith(f"{PREFIX}{module}.lora_") for key in left):
+            yield f"{module} has a pair for the base's {other[name][0]} rows, but {kept[0]} is kept with the fine-tune's {other[kept[0]][1]}: no model has both"
 
 
 def _bias_problems(module: str, ref: TensorRef, base: Checkpoint, tuned: Checkpoint) -> Iterator[str]:
