@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from phlora_pipeline import adapter, loaders, lora, manifest, reducer, storage, targets
 from phlora_pipeline.adapter import Layout
 from phlora_pipeline.compress.choice import choose, most
-from phlora_pipeline.compress.factors import decomposed
+from phlora_pipeline.compress.factors import decomposed, require_memory
 from phlora_pipeline.compress.layout import config_of, make_layout, metadata_of, written_rank
 from phlora_pipeline.compress.publish import publish, rows_of
 from phlora_pipeline.compress.request import Request, requested
 from phlora_pipeline.extract import checked_device
+from phlora_pipeline.machine import available_memory
 from phlora_pipeline.manifest import EnergyRow
 from phlora_pipeline.summary import Summary, size, summarize
 from phlora_pipeline.targets import Dialect
@@ -89,6 +92,7 @@ def compress(
         rows = manifest.read(storage.join(request.out, reducer.MANIFEST))
         kept = {row.module: row.rank or 1 for row in rows if row.module in request.lora.modules}
         return _result(request, "exists", make_layout(request.lora, kept, request.dialect), kept, rows, ())
+    require_memory(request.lora, request.rank, torch.get_num_threads(), available_memory())
     storage.require_writable(request.out)
     found = decomposed(request.lora, most(request.rank, request.policy), where)
     kept = choose(request.lora, found, request.policy, request.dialect, request.dtype)
