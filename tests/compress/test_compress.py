@@ -121,6 +121,12 @@ class TestRanks:
         )
         assert any("pads all to" in warning and "--for peft" in warning for warning in result.warnings)
 
+    def test_a_rank_below_the_grid_says_what_it_costs(self, original: Path, tmp_path: Path) -> None:
+        [told] = squeeze(original, tmp_path / "out", rank=2).warnings
+        assert told.startswith("the rank is 2, and --for portable pads all to 8: ")
+        assert not squeeze(original, tmp_path / "own", rank=2, dialect="peft").warnings
+        assert not squeeze(original, tmp_path / "eight", rank=8).warnings
+
 
 class TestPublication:
     def test_the_config_is_the_originals_with_other_ranks(self, original: Path, tmp_path: Path) -> None:
