@@ -59,12 +59,21 @@ def apart(checkpoint: Checkpoint, groups: Mapping[str, int]) -> Checkpoint:
         if count == 1 or not ref.shape or ref.shape[0] % count:
             tensors[name] = ref
             continue
-        rows, each = ref.shape[0] // count, ref.matrix.shape[1] * ref.shape[0] // count
-        for group in range(count):
-            part = ref.entries(group * each, (group + 1) * each)
-            of_group = f"{module_of(name)}.group_{group}_of_{count}.weight"
-            tensors[of_group] = replace(part, name=of_group, shape=(rows, *ref.shape[1:]))
+        tensors |= {part.name: part for part in kernels(ref, count)}
     return replace(checkpoint, tensors=tensors)
+
+
+def kernels(ref: TensorRef, groups: int) -> list[TensorRef]:
+    """The kernel of each group, as ranges of the whole one's bytes."""
+    rows, each = ref.shape[0] // groups, ref.matrix.shape[1] * ref.shape[0] // groups
+    return [
+        replace(
+            ref.entries(group * each, (group + 1) * each),
+            name=f"{module_of(ref.name)}.group_{group}_of_{groups}.weight",
+            shape=(rows, *ref.shape[1:]),
+        )
+        for group in range(groups)
+    ]
 
 
 def whole_of(name: str) -> str:

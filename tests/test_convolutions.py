@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from phlora_pipeline import convolutions, pipeline, several, targets
+from phlora_pipeline.compress import compress
 from phlora_pipeline.errors import RequestError
+from phlora_pipeline.merge import merge
 from phlora_pipeline.verify import verify
-from tests import models, runs
+from tests import loras, models, runs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning"),
@@ -183,6 +185,32 @@ def test_what_peft_has_no_pair_for_is_told_with_the_remedy_that_helps(
     (told,) = (text for text in watcher.warnings if "left out" in text)
     assert told.startswith("PEFT has no pair for up.weight, depthwise.weight: ")
     assert told.endswith("; --for peft --carry all keeps them whole")
+
+
+def test_it_is_merged_group_by_group_and_compressed_by_nobody(
+    pair: tuple[Net, Net, Path, Path], tmp_path: Path
+) -> None:
+    """At full rank the fine-tune, to float32; PEFT itself merges no grouped convolution."""
+    _, _, *folders = pair
+    runs.extract(*folders, tmp_path / "out", dialect="peft", carry="all", rank=FULL, conv_groups=SAID)
+    assert merge(str(folders[0]), [str(tmp_path / "out")], str(tmp_path / "merged")).changed >= len(GROUPED)
+    found, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", folders[1]))
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.allclose(found[name], value, rtol=1e-5, atol=1e-6), name
+    with pytest.raises(RequestError, match="grouped convolutions, which are not compressed: image, 4 of"):
+        compress(str(tmp_path / "out"), str(tmp_path / "smaller"), rank=4)
+    assert not (tmp_path / "smaller").exists()
+
+
+def test_a_trained_pair_that_no_grouped_kernel_can_hold_is_not_merged(
+    pair: tuple[Net, Net, Path, Path], tmp_path: Path
+) -> None:
+    base, _, *folders = pair
+    loras.trained(base, tmp_path / "lora", r=8, target_modules=["line"])
+    with pytest.raises(RequestError, match="into the channels of others"):
+        merge(str(folders[0]), [str(tmp_path / "lora")], str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_group_that_did_not_change_has_zeros(tmp_path: Path) -> None:

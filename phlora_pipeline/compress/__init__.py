@@ -9,14 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from phlora_pipeline import adapter, loaders, lora, manifest, reducer, storage, targets
 from phlora_pipeline.adapter import Layout
-from phlora_pipeline.compress.choice import choose, most
-from phlora_pipeline.compress.factors import decomposed
+from phlora_pipeline.compress import choice
+from phlora_pipeline.compress.choice import choose
+from phlora_pipeline.compress.factors import decomposed, require_memory
 from phlora_pipeline.compress.layout import config_of, make_layout, metadata_of, written_rank
 from phlora_pipeline.compress.publish import publish, rows_of
 from phlora_pipeline.compress.request import Request, requested
 from phlora_pipeline.extract import checked_device
+from phlora_pipeline.machine import available_memory
 from phlora_pipeline.manifest import EnergyRow
 from phlora_pipeline.summary import Summary, size, summarize
 from phlora_pipeline.targets import Dialect
@@ -89,8 +93,9 @@ def compress(
         rows = manifest.read(storage.join(request.out, reducer.MANIFEST))
         kept = {row.module: row.rank or 1 for row in rows if row.module in request.lora.modules}
         return _result(request, "exists", make_layout(request.lora, kept, request.dialect), kept, rows, ())
+    require_memory(request.lora, request.rank, torch.get_num_threads(), available_memory())
     storage.require_writable(request.out)
-    found = decomposed(request.lora, most(request.rank, request.policy), where)
+    found = decomposed(request.lora, choice.most(request.rank, request.policy), where)
     kept = choose(request.lora, found, request.policy, request.dialect, request.dtype)
     layout = make_layout(request.lora, kept, request.dialect)
     for item in layout.kept:
@@ -108,11 +113,13 @@ def _warnings(request: Request, layout: Layout, kept: Mapping[str, int], config:
     rules = targets.server_rules("", request.dialect)
     if not request.lora.kohya:
         yield from loaders.objections(rules, config, frozenset(), {})
-    if not rules.per_tensor_ranks and len(set(kept.values())) > 1 and not request.lora.kohya:
+    least, most, written = min(kept.values()), max(kept.values()), written_rank(kept, request.dialect)
+    if not rules.per_tensor_ranks and least != written and not request.lora.kohya:
         padded, own = (
             adapter.file_bytes(one, request.dtype) for one in (layout, make_layout(request.lora, kept, "peft"))
         )
-        yield f"ranks are {min(kept.values())} to {max(kept.values())}, and --for {request.dialect} pads all to {written_rank(kept, request.dialect)}: {size(padded)}; --for peft or vllm writes each at its own: {size(own)}"
+        told = f"ranks are {least} to {most}" if least != most else f"the rank is {most}"
+        yield f"{told}, and --for {request.dialect} pads all to {written}: {size(padded)}; --for peft or vllm writes each at its own: {size(own)}"
 
 
 def _result(

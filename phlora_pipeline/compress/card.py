@@ -48,5 +48,18 @@ def compressed_card(
             own_ranks=rules.per_tensor_ranks and smallest != largest,
             carried=bool(summary.carried),
         ),
+        *_both_ends(lora),
     ]
     return "\n".join(lines)
+
+
+def _both_ends(lora: Adapter) -> list[str]:
+    """What mergers do where input and output are one matrix; whether the base ties them, the adapter alone does not tell."""
+    inputs = [name for name, module in lora.modules.items() if module.form == "embedding"]
+    outputs = [name for name in lora.modules if targets.kind_of(f"{name}.weight", (1, 1)) == "lm_head"]
+    if not inputs or not outputs:
+        return []
+    return [
+        f"If the base ties {code(outputs[0])} to {code(inputs[0])}, both carrying the update is right while the adapter is *not* merged: a merger that keeps the tie would add it twice. `phlora merge` adds it once.",
+        "",
+    ]

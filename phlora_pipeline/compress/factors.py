@@ -17,6 +17,12 @@ from phlora_pipeline.lora import Adapter, LoraModule
 BATCH_BYTES = 32 << 20
 """Of factors in float32 that are decomposed at once."""
 
+_COPIES = 8
+"""Of a batch, while it is decomposed: as read, wide, its two QR, their products and what is kept."""
+
+_BESIDE = 320 << 20
+"""Libraries that are loaded on the way, and what the allocator keeps: measured."""
+
 Sigma = tuple[float, ...]
 
 
@@ -37,6 +43,40 @@ class Compact:
     B: Tensor
     singular_values: Sigma
     delta_sq: float
+
+
+def needed_bytes(lora: Adapter, rank: int | None, threads: int) -> int:
+    """Memory that `decomposed` takes at most: what is kept of all pairs, in float32, and the batches at work.
+
+    Args:
+        lora: whose.
+        rank: that is kept of each; None where that is not known before.
+        threads: batches at a time.
+    """
+    pairs = [(module.numel, min(rank or module.rank, module.rank) / module.rank) for module in lora.modules.values()]
+    batch = max(BATCH_BYTES, 4 * max(numel for numel, _ in pairs))
+    at_work = min(threads * batch, 4 * sum(numel for numel, _ in pairs))
+    return _BESIDE + _COPIES * at_work + round(4 * math.fsum(numel * share for numel, share in pairs))
+
+
+def require_memory(lora: Adapter, rank: int | None, threads: int, free: int | None) -> None:
+    """Refuse an adapter whose factors do not fit.
+
+    Args:
+        lora, rank, threads: as of `needed_bytes`.
+        free: bytes; None where it is not known.
+
+    Raises:
+        RequestError: with both numbers.
+    """
+    needed = needed_bytes(lora, rank, threads)
+    if free is None or needed <= free:
+        return
+    with_rank = "" if rank else "a --rank, which tells before how little of each pair is held; or "
+    raise RequestError(
+        f"it cannot fit: to compress {lora.url} takes up to {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are there",
+        remedy=f"give {with_rank}a machine with more memory, or fewer threads: OMP_NUM_THREADS=1",
+    )
 
 
 def decomposed(lora: Adapter, most: Callable[[LoraModule, Sigma], int], device: torch.device) -> dict[str, Compact]:

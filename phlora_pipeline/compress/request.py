@@ -50,6 +50,7 @@ def requested(
         raise RequestError(str(error), remedy="see phlora compress --help") from error
     opened, out = lora.open_adapter(url), storage.normalize(out)
     _require_elsewhere(opened, out)
+    _require_no_groups(opened)
     dialect = dialect or ("kohya" if opened.kohya else "portable")
     if targets.server_rules("", dialect).unets_only != opened.kohya:
         theirs, wanted = ("kohya", "PEFT") if opened.kohya else ("PEFT", "kohya")
@@ -67,6 +68,15 @@ def _require_elsewhere(opened: Adapter, out: str) -> None:
     source = opened.weights.rpartition("/")[0]
     if source == out or (out.startswith("/") and os.path.realpath(source) == os.path.realpath(out)):
         raise RequestError(f"{out} is where the adapter itself lies", remedy="choose another output folder")
+
+
+def _require_no_groups(opened: Adapter) -> None:
+    """PEFT's A of a grouped convolution is mostly zeros, and stays as large as they are at any rank."""
+    if grouped := [name for name, module in opened.modules.items() if module.form == "groups"]:
+        raise RequestError(
+            f"{opened.url} adapts grouped convolutions, which are not compressed: {grouped[0]}, {len(grouped)} of {len(opened.modules)} modules",
+            remedy="extract it from its checkpoints at the smaller rank: phlora extract --conv-groups",
+        )
 
 
 def _dtype(opened: Adapter, asked: str) -> str:

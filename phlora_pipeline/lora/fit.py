@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from phlora_pipeline import experts, names, targets
+from phlora_pipeline import convolutions, experts, names, targets
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.lora.files import Adapter
@@ -24,11 +24,11 @@ class Delta:
     """What one pair adds to a matrix of the base.
 
     Attributes:
-        tensor: the matrix; an expert's in a stack is a range of the stack's bytes. Where the adapter replaces it (`Fit.whole`),
+        tensor: the matrix; an expert's in a stack is a range of the stack's bytes, as a group's of a convolution. Where the adapter replaces it (`Fit.whole`),
             the adapter's own.
         module: the pair.
         transposed: whether the base stores it as (in, out), or with a row per token.
-        expert: which of the pair's.
+        expert: which of the pair's, or which group.
         first: row of B·A with which the matrix begins: gate and up are apart in most checkpoints, and one in memory.
     """
 
@@ -150,6 +150,8 @@ def _places(module: LoraModule, known: Mapping[str, TensorRef], model_type: str)
         count, rows = ref.shape[:2]
         matrices = [experts.rows_of(ref, f"{ref.name}[{expert}]", expert * rows, rows) for expert in range(count)]
         return [_Place(matrix, expert) for expert, matrix in enumerate(matrices)] if count == module.experts else []
+    if ref is not None and module.form == "groups" and not ref.shape[0] % module.experts:
+        return [_Place(kernel, group) for group, kernel in enumerate(convolutions.kernels(ref, module.experts))]
     if ref is not None:
         return [_Place(ref)]
     match = _EXPERTS.fullmatch(module.name)

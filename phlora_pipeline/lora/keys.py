@@ -96,6 +96,10 @@ def _add(
     count = A.shape[0] // rank if A.shape else 0
     is_stack = name != path.removeprefix(PREFIX) and count > 1
     wanted = (count * rank if is_stack else rank,)
+    groups = _groups(A, B, rank) if form == "conv" else 1
+    if groups > 1:
+        found.modules[name] = LoraModule(name, path, "groups", A, B, rank // groups, ranks.scale(name), groups, bias)
+        return
     if why := _unfit(A, B, wanted, form):
         said = f", {adapter.CONFIG} says rank {rank}" if "has " in why else ""
         found.problems.append(f"{name} {why}{said}")
@@ -105,13 +109,23 @@ def _add(
     )
 
 
-def _unfit(A: TensorRef, B: TensorRef, rank: tuple[int, ...], form: Form) -> str:
-    """Why two tensors are no factors of this rank; empty where they are."""
+def _groups(A: TensorRef, B: TensorRef, rank: int) -> int:
+    """How many groups a convolution's pair says that it has: A has the rows of all, B the columns of one."""
+    groups = A.shape[0] // B.shape[1] if B.shape[1:] and B.shape[1] else 1
+    whole = rank == A.shape[0] == groups * B.shape[1] and not A.shape[1] % groups and not B.shape[0] % groups
+    fits = whole and not _unfit(A, B, A.shape[:1], "conv", columns=(rank // groups,))
+    return groups if fits else 1
+
+
+def _unfit(
+    A: TensorRef, B: TensorRef, rank: tuple[int, ...], form: Form, columns: tuple[int, ...] | None = None
+) -> str:
+    """Why two tensors are no factors of this rank; empty where they are. `columns`: of B, where they are not as many."""
     if strange := sorted({A.dtype, B.dtype} - _FLOATS):
         return f"is stored as {', '.join(strange)}: factors that are not in floating point are not read"
     least = 3 if form == "conv" else 2
     shaped = len(A.shape) == len(B.shape) >= least and not (form == "conv" and set(B.shape[2:]) != {1})
-    if not shaped or A.shape[:1] != rank or B.shape[1:2] != rank or 0 in (*A.shape, *B.shape):
+    if not shaped or A.shape[:1] != rank or B.shape[1:2] != (columns or rank) or 0 in (*A.shape, *B.shape):
         return f"has {list(A.shape)} and {list(B.shape)}"
     return ""
 

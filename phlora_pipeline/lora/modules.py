@@ -8,27 +8,28 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from phlora_pipeline import experts
+from phlora_pipeline import convolutions, experts
 from phlora_pipeline.checkpoint import TensorRef, read_tensors
 from phlora_pipeline.errors import CheckpointError
 
-Form = Literal["linear", "embedding", "conv", "stack"]
+Form = Literal["linear", "embedding", "conv", "stack", "groups"]
 
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """Two factors and their scale: ΔW = scale·B·A, for each expert of a stack.
+    """Two factors and their scale: ΔW = scale·B·A, for each expert of a stack, or group of a convolution.
 
     Attributes:
         name: the module that they are for; of a stack, and of what PEFT knows by a parameter's name, that parameter. In
             kohya's files the flattened name (`lora_unet_down_blocks_0_…`).
         path: what its keys begin with.
-        form: `embedding`: of a matrix with a row per token, so that ΔW is (B·A)ᵀ; `conv`: A has the kernel; `stack`: of all experts.
-        A: (r, k), (r, channels, height, width), of a stack (E·r, k), of an embedding (r, rows).
-        B: (d, r), (d, r, 1, 1), of a stack (d, r·E), of an embedding (columns, r).
+        form: `embedding`: of a matrix with a row per token, so that ΔW is (B·A)ᵀ; `conv`: A has the kernel; `stack`: of all experts;
+            `groups`: of a grouped convolution.
+        A: (r, k), (r, channels, height, width), of a stack (E·r, k), of groups (G·r, G·channels …), of an embedding (r, rows).
+        B: (d, r), (d, r, 1, 1), of a stack (d, r·E), of groups (G·d, r, 1 …), of an embedding (columns, r).
         rank: of one pair.
         scale: what B·A is multiplied by: alpha over r or over its root.
-        experts: how many pairs the factors hold.
+        experts: how many pairs the factors hold, of experts or of groups.
         bias: of B, which is scaled as well (`lora_bias`); None where it has none.
         alpha: the tensor that holds it, in kohya's files.
     """
@@ -46,13 +47,13 @@ class LoraModule:
 
     @property
     def inputs(self) -> int:
-        """k: columns of A, a convolution's kernel flattened."""
-        return self.A.matrix.shape[1]
+        """k: columns of one A, a convolution's kernel flattened."""
+        return self.A.matrix.shape[1] // (self.experts if self.form == "groups" else 1)
 
     @property
     def outputs(self) -> int:
-        """d: rows of B."""
-        return self.B.shape[0]
+        """d: rows of one B."""
+        return self.B.shape[0] // (self.experts if self.form == "groups" else 1)
 
     @property
     def numel(self) -> int:
@@ -63,14 +64,20 @@ class LoraModule:
         """A (experts, r, k) and B (experts, d, r) in float32, without the scale.
 
         Raises:
-            CheckpointError: an entry is NaN or infinite.
+            CheckpointError: an entry is NaN or infinite, or no kernel of a group has its channel.
         """
         refs = [self.A, self.B]
         A, B = (finite(ref, tensor).float().flatten(1) for ref, tensor in zip(refs, read_tensors(refs), strict=True))
         if self.experts == 1:
             return A[None], B[None]
+        of_one = convolutions.of_one if self.form == "groups" else experts.of_one
+        if self.form == "groups" and convolutions.reaches_across(A, self.experts):
+            raise CheckpointError(
+                f"{self.A.name} of {self.A.url} reaches from each of {self.experts} groups into the channels of others: such an update is none of a grouped kernel",
+                remedy="serve it unmerged: PEFT trains A without groups, and they cannot be put back into the weight",
+            )
         split = [
-            [experts.of_one(side, expert, self.experts, down=down) for expert in range(self.experts)]
+            [of_one(side, expert, self.experts, down=down) for expert in range(self.experts)]
             for side, down in ((A, True), (B, False))
         ]
         return torch.stack(split[0]), torch.stack(split[1])

@@ -106,7 +106,7 @@ class MergeResult:
 
 def merge(
     base: str,
-    adapters: Sequence[str | tuple[str, float]],
+    adapters: str | Sequence[str | tuple[str, float]],
     out: str,
     *,
     dtype: Dtype = "base",
@@ -117,7 +117,7 @@ def merge(
 
     Args:
         base: the checkpoint that they are for.
-        adapters: each alone or with its weight; 1 is as it was trained or extracted.
+        adapters: one, or several, each alone or with its weight; 1 is as it was trained or extracted.
         out: a folder that is empty or absent, or holds this very merge, interrupted.
         dtype: of all floating-point tensors; `base`: each as it is there.
         overwrite: whether another merge may be replaced.
@@ -129,6 +129,9 @@ def merge(
     """
     out = storage.normalize(out)
     observer = observer or _Silent()
+    adapters = [adapters] if isinstance(adapters, str) else adapters
+    if not adapters:
+        raise RequestError("no adapter is given", remedy="give at least one, or copy the base")
     weighted = [(each, 1.0) if isinstance(each, str) else each for each in adapters]
     loras = [Weighted(lora.open_adapter(url), weight) for url, weight in weighted]
     prepared = prepare(base, loras, out, dtype=dtype, overwrite=overwrite)

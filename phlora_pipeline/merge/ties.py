@@ -16,8 +16,12 @@ from phlora_pipeline.lora import Adapter, Fit, LoraModule
 from phlora_pipeline.plan import TensorPair
 from phlora_pipeline.plan.choice import tied_modules
 
-SAME = 1e-5
-"""How far the two ends may be apart, of the larger one's largest entry: their factors may have been rounded each for itself."""
+SAME = {"BF16": 2.0**-6, "F16": 2.0**-9}
+"""How far the two ends may be apart, of the larger one's largest entry, by what their factors are stored in: each may have been
+rounded for itself, as by a compression. That is half an ulp for either factor of either end."""
+
+_WIDE = 1e-5
+"""The same of factors in float32."""
 
 _BLOCK = 8 << 20
 
@@ -93,15 +97,15 @@ def _same_products(source: LoraModule, output: LoraModule) -> bool:
         return False
     if source.scale == output.scale and all(map(torch.equal, inner, outer)):
         return True
-    step = max(1, _BLOCK // inner[1].shape[1])
+    step, same = max(1, _BLOCK // inner[1].shape[1]), max(SAME.get(ref.dtype, _WIDE) for ref in (source.A, output.A))
+    most = furthest = 0.0
     for first in range(0, inner[0].shape[0], step):
         one, other = (
             module.scale * (left[first : first + step] @ right)
             for module, (left, right) in ((source, inner), (output, outer))
         )
-        if float((one - other).abs().max()) > SAME * float(one.abs().max()):
-            return False
-    return True
+        most, furthest = max(most, float(one.abs().max())), max(furthest, float((one - other).abs().max()))
+    return furthest <= same * most
 
 
 def _sides(module: LoraModule) -> tuple[Tensor, Tensor]:

@@ -44,11 +44,11 @@ class Made:
     text: str = ""
 
 
-def report(urls: Sequence[str], out: str = "", *, form: Format = "html") -> Made:
+def report(urls: str | Sequence[str], out: str = "", *, form: Format = "html") -> Made:
     """Tell what adapters keep: one model in detail, several side by side with a page each.
 
     Args:
-        urls: manifests, adapters' folders, outputs of zoos.
+        urls: one or several: manifests, adapters' folders, outputs of zoos.
         out: the file to write, `….html`; its figures, and the pages of several models, go beside it. Text may go without.
         form: of what is written. Only `html` needs the extra `report`.
 
@@ -60,7 +60,7 @@ def report(urls: Sequence[str], out: str = "", *, form: Format = "html") -> Made
     target = storage.normalize(out) if out else ""
     if target:
         _require_place(target)
-    found = sources.find(urls)
+    found = sources.find([urls] if isinstance(urls, str) else urls)
     if form == "html":
         return _pages(found, target)
     reports = [_report(source) for source in found]

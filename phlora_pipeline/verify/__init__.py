@@ -52,7 +52,8 @@ def verify(
 
     Args:
         base_url, tuned_url: the checkpoints.
-        adapter_url: a PEFT folder; `energy.parquet` beside the weights, where there is one, is held to its word.
+        adapter_url: a PEFT folder; `energy.parquet` beside the weights, where there is one, is held to its word; that of a compressed
+            adapter tells of another adapter, and not of the fine-tune.
         dialect: whose loaders it is held to; None: those it was written for, by `run.json`, or PEFT.
         tolerance: of the difference between measured and promised energy.
         device: where to multiply.
@@ -74,7 +75,8 @@ def verify(
     parameters = config.get("target_parameters") or []
     pairs, more = kohya_pairs(own, base) if kohya else pairs_of(own, ranks, parameters)
     problems += more
-    promised, run = promises_of(folder), run_of(folder)
+    run = run_of(folder)
+    promised = promises_of(folder, run)
     problems += digest_problems(folder, run)
     problems += [] if kohya else key_problems(pairs, config, base)
     problems += broken_promises(pairs, promised)

@@ -61,8 +61,10 @@ def ranks_of(config: Mapping[str, Any], folder: str) -> loaders.Ranks:
         raise RequestError(f"{folder}/{adapter.CONFIG} gives no rank and scale: {error}") from error
 
 
-def promises_of(folder: str) -> dict[str, EnergyRow]:
-    """Module → its row of the manifest; empty where there is none."""
+def promises_of(folder: str, run: Mapping[str, Any]) -> dict[str, EnergyRow]:
+    """Module → its row of the manifest; empty where there is none, and where its energies are shares of another adapter's."""
+    if run.get("operation") == "compress":
+        return {}
     url = storage.join(folder, reducer.MANIFEST)
     return {row.module: row for row in manifest.read(url)} if storage.stat(url) else {}
 

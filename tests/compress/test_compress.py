@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from phlora_pipeline import cli, manifest
+from phlora_pipeline import cli, lora, manifest
 from phlora_pipeline.compress import CompressResult, compress
+from phlora_pipeline.compress.factors import needed_bytes, require_memory
 from phlora_pipeline.errors import ConflictError, PhloraError, RequestError
 from tests import runs
 from tests.s3_server import S3
@@ -119,6 +120,12 @@ class TestRanks:
             {},
         )
         assert any("pads all to" in warning and "--for peft" in warning for warning in result.warnings)
+
+    def test_a_rank_below_the_grid_says_what_it_costs(self, original: Path, tmp_path: Path) -> None:
+        [told] = squeeze(original, tmp_path / "out", rank=2).warnings
+        assert told.startswith("the rank is 2, and --for portable pads all to 8: ")
+        assert not squeeze(original, tmp_path / "own", rank=2, dialect="peft").warnings
+        assert not squeeze(original, tmp_path / "eight", rank=8).warnings
 
 
 class TestPublication:
@@ -237,6 +244,11 @@ class TestRefusals:
         self.refused(original, tmp_path / "out", "overflow float16", rank=4, dtype="float16")
         assert squeeze(original, tmp_path / "out", rank=4).outcome == "committed"
 
+    def test_what_does_not_fit_in_memory(self, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        free = 64 << 20
+        monkeypatch.setattr("phlora_pipeline.compress.available_memory", lambda: free)
+        self.refused(original, tmp_path / "out", r"takes up to 0\.3 GiB of memory, 0\.1 GiB are there", energy=0.9)
+
     def test_its_own_folder(self, original: Path, tmp_path: Path) -> None:
         before = runs.contents(original)
         (tmp_path / "link").symlink_to(original)
@@ -244,6 +256,19 @@ class TestRefusals:
             with pytest.raises(RequestError, match="is where the adapter itself lies"):
                 squeeze(original, out, rank=4, overwrite=True)
         assert runs.contents(original) == before
+
+
+def test_what_is_kept_decides_what_memory_is_needed(original: Path) -> None:
+    """Of each pair the share that its rank keeps, in float32; where ranks are not known before, all of it."""
+    adapter = lora.open_adapter(str(original))
+    entries = 4 * sum(RANK * sum(shape) for shape in MODULES.values())
+    needed = [needed_bytes(adapter, rank, 2) for rank in (None, RANK, 3, 99)]
+    assert needed[0] == needed[1] == needed[3] == needed[2] + entries * 3 // 4
+    require_memory(adapter, 3, 2, needed[2])
+    require_memory(adapter, 3, 2, None)
+    with pytest.raises(RequestError, match="it cannot fit") as caught:
+        require_memory(adapter, None, 2, needed[2])
+    assert "a --rank" in (caught.value.remedy or "")
 
 
 class TestCommand:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from phlora_pipeline import lora
 from phlora_pipeline.compress import CompressResult, compress
+from phlora_pipeline.merge import merge
+from phlora_pipeline.verify import verify
 from tests import loras, models, runs
 from tests.lora.test_fit import FORMS
 
@@ -101,6 +103,32 @@ def test_convolutions(tmp_path: Path) -> None:
     before, after = deltas(tmp_path / "a"), deltas(tmp_path / "r2")
     for module, whole in before.items():
         assert_best_of_rank(after[module], whole, 2)
+
+
+@pytest.mark.parametrize(("name", "carry"), [("llama", "all"), ("mixtral", "none")])
+def test_it_is_verified_by_what_it_keeps_of_the_fine_tune(name: str, carry: str, tmp_path: Path) -> None:
+    """Its manifest's shares are of the original adapter; against what it makes of the base they are all of it."""
+    base = models.MODELS[name]()
+    folders = [
+        models.save(model, tmp_path / side)
+        for side, model in (("base", base), ("tuned", models.moved(base, where=models.everything)))
+    ]
+    out = tmp_path / "out"
+    runs.extract(*folders, tmp_path / "a", rank=16, dialect="peft", carry=carry)
+    result = compress(str(tmp_path / "a"), str(out), rank=4, dialect="peft")
+    found = verify(*map(str, folders), str(out))
+    assert found.passed
+    before = verify(*map(str, folders), str(tmp_path / "a")).written_energy
+    assert found.written_energy == pytest.approx(before * result.summary.written_energy, abs=1e-4)
+    merge(str(folders[0]), str(out), str(tmp_path / "merged"))
+    again = verify(str(folders[0]), str(tmp_path / "merged"), str(out))
+    assert again.passed
+    assert again.written_energy == pytest.approx(1, abs=1e-6)
+    (out / "adapter_model.safetensors").unlink()
+    (out / "adapter_model.safetensors").write_bytes((tmp_path / "a" / "adapter_model.safetensors").read_bytes())
+    assert any(
+        "is not the file that run.json tells of" in told for told in verify(*map(str, folders), str(out)).problems
+    )
 
 
 def test_keys_of_single_experts_keep_one_rank(tmp_path: Path) -> None:
