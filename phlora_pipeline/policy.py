@@ -115,12 +115,12 @@ def outlook(plan: Plan, draft: Draft, dtype: str) -> Outlook:
 
     rank, budget = plan.rank, plan.policy.budget
     if budget is not None:
-        fits = (
-            step
-            for step in reversed(steps(plan))
-            if _amount(budget, layout(step, plan.of_rank(step)), dtype) <= budget.amount
+        even = steps(plan)
+        count = ranks.prefix(
+            len(even),
+            lambda n: _amount(budget, layout(even[n - 1], plan.of_rank(even[n - 1])), dtype) <= budget.amount,
         )
-        rank = next(fits, 1)
+        rank = even[max(count, 1) - 1]
     made, least = plan.of_rank(rank), plan.of_rank(1)
     files = layout(rank, made), layout(rank, _unpadded(made)), layout(1, least)
     return Outlook(rank, *(adapter.file_bytes(each, dtype) for each in files))
