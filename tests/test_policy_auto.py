@@ -65,6 +65,7 @@ def test_of_an_update_below_storage_precision_what_stands_above_the_edge_is_kept
     [told] = result.warnings
     assert told.startswith("update below storage precision: in 4 of 4 tensors")
     assert "with 100.0 % of ‖ΔW‖² between them" in told
+    assert "4 of them are of an update below storage precision" in (tmp_path / "out" / "README.md").read_text()
     for row in runs.rows(tmp_path / "out").values():
         assert row.status == "adapted"
         assert re.fullmatch(
