@@ -99,12 +99,14 @@ class Outlook:
         file_bytes: of the adapter at that rank, as written: padded where servers want that.
         natural_bytes: the same, if each pair could be written at its own rank.
         least_bytes: at rank 1.
+        most_bytes: of whatever the policy may choose; under a budget of parameters without the header.
     """
 
     rank: int
     file_bytes: int
     natural_bytes: int
     least_bytes: int
+    most_bytes: int
 
 
 def outlook(plan: Plan, draft: Draft, dtype: str) -> Outlook:
@@ -123,7 +125,11 @@ def outlook(plan: Plan, draft: Draft, dtype: str) -> Outlook:
         rank = even[max(count, 1) - 1]
     made, least = plan.of_rank(rank), plan.of_rank(1)
     files = layout(rank, made), layout(rank, _unpadded(made)), layout(1, least)
-    return Outlook(rank, *(adapter.file_bytes(each, dtype) for each in files))
+    written, natural, smallest = (adapter.file_bytes(each, dtype) for each in files)
+    most = written
+    if budget is not None and plan.per_tensor_ranks and rank < plan.rank:
+        most = budget.amount * (1 if budget.counts == "bytes" else adapter.DTYPES[dtype][1].itemsize)
+    return Outlook(rank, written, natural, smallest, most)
 
 
 def _unpadded(plan: Plan) -> Plan:
