@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from phlora_pipeline import ranks, targets
 from phlora_pipeline.manifest import EnergyRow
 from phlora_pipeline.plan import Plan
+from phlora_pipeline.policy import BELOW_PRECISION
 from phlora_pipeline.summary import Summary, percent, reasons, size, summarize
 from phlora_pipeline.targets import ServerRules
 
@@ -28,16 +29,18 @@ def model_card(
         sizes: bytes of the weights' file, as it is, and if each pair could be written at its own rank.
     """
     summary, rules = summarize(rows), targets.server_rules(plan.model_type, plan.dialect)
+    own = [row.rank for row in rows if row.rank is not None] if plan.policy.chooses else []
+    factors = f"ranks {ranks.spread_words(own)}" if len(set(own)) > 1 else f"rank {plan.rank}"
     lines = [
         *front_matter(base_name, rules),
-        f"# LoRA of rank {plan.rank}, extracted from a full fine-tune",
+        f"# LoRA of {factors}, extracted from a full fine-tune",
         "",
         f"Extracted, not trained: the truncated singular value decomposition of W_tuned − W_base, weight by weight (PHLoRA, Vasani et al., 2025), by phlora-pipeline. Base: {code(base_name) if base_name else 'not named'}; model type {code(plan.model_type or 'unknown')}; written for `{plan.dialect}` in {dtype}, rank {plan.written_rank}.",
         "",
         *_chosen(plan, rows, sizes),
         "| what | share of the update's energy ‖ΔW‖² |",
         "|---|---|",
-        f"| kept by the rank-{plan.rank} factors of the adapted tensors (E_r) | {percent(summary.preserved_energy)} |",
+        f"| kept by the factors of the adapted tensors, {factors} | {percent(summary.preserved_energy)} |",
         *_by_rank(plan, summary),
         f"| kept by the bytes as written | {percent(summary.written_energy)} |",
         f"| lying in adapted tensors at all | {percent(summary.coverage)} |",
@@ -66,8 +69,11 @@ def model_card(
 
 
 def _by_rank(plan: Plan, summary: Summary) -> list[str]:
-    """What smaller ranks would keep: they are slices of these factors."""
-    known = {rank: share for rank, share in summary.energy_at.items() if share is not None and rank < plan.rank}
+    """What other ranks keep: smaller ones are slices of these factors, unless each tensor has a rank of its own."""
+    known = {rank: share for rank, share in summary.energy_at.items() if share is not None}
+    if plan.policy.chooses:
+        return [f"| rank {rank} for each of them would keep | {percent(share)} |" for rank, share in known.items()]
+    known = {rank: share for rank, share in known.items() if rank < plan.rank}
     return [f"| … by the first {rank} of them | {percent(share)} |" for rank, share in known.items()]
 
 
@@ -80,6 +86,9 @@ def _chosen(plan: Plan, rows: Sequence[EnergyRow], sizes: tuple[int, int]) -> li
     padded, natural = sizes
     if padded > natural:
         told += f" All are zero-padded to {plan.written_rank}: {size(padded)}, of which {size(natural)} would do if each were written at its own rank (`--for peft` or `vllm`)."
+    masked = sum(row.rank is not None and row.reason.startswith(BELOW_PRECISION) for row in rows)
+    if masked:
+        told += f" {masked} of them are of an {BELOW_PRECISION}: fewer than half of their entries differ at all, and what rounding has left of it is what is kept here."
     return [told, ""]
 
 

@@ -208,5 +208,9 @@ def run_config(**settings: object) -> RunConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        text = str(first["msg"]).removeprefix("Value error, ")
-        raise RequestError(f"{where}: {text}" if where else text, remedy="see phlora extract --help") from error
+        text = str(first["msg"])
+        own = text.removeprefix("Value error, ")
+        if own == text and isinstance(first["input"], str | int | float):
+            own = f"{text}, got {quoted(first['input'])}"
+        told = own if own.startswith(where) else f"{where}: {own}"
+        raise RequestError(told, remedy="see phlora extract --help") from error

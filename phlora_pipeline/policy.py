@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from phlora_pipeline import adapter, convolutions, lowrank, ranks, targets
@@ -17,6 +17,7 @@ Draft = Callable[[Plan, Mapping[str, int]], Layout]
 """The layout of a plan's adapter whose tensors have these ranks; those that are not named have no pair of their own."""
 
 BELOW_PRECISION = "update below storage precision"
+_DROWNED = f"{BELOW_PRECISION}: no singular value stands above the edge of its rounding noise"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Chosen:
         plan: with the rank that the adapter has.
         ranks: tensor → its rank, of those that have one.
         without: tensor → why it has none.
+        notes: tensor → what its rank is to be taken with.
         natural_bytes: what the file would be, if each pair could be written at its own rank.
         warnings: in words.
     """
@@ -34,6 +36,7 @@ class Chosen:
     plan: Plan
     ranks: Mapping[str, int]
     without: Mapping[str, str]
+    notes: Mapping[str, str]
     natural_bytes: int
     warnings: tuple[str, ...]
 
@@ -49,12 +52,14 @@ def choose(plan: Plan, results: Mapping[str, TensorResult], draft: Draft, dtype:
     """
     spectra = _spectra(plan, results)
     without: dict[str, str] = {}
+    notes: dict[str, str] = {}
     if plan.policy.budget is not None:
         found = _within(plan, plan.policy.budget, spectra, draft, dtype)
         without = {name: f"not worth a rank within {plan.policy.budget.words()}" for name in results if not found[name]}
     elif plan.policy.noise:
-        found = {name: _above_noise(results[name], one) for name, one in spectra.items()}
-        without = {name: _why_noise(results[name]) for name in results if not found[name]}
+        found = {name: ranks.above_noise(one) for name, one in spectra.items()}
+        without = {name: _DROWNED for name in results if not found[name]}
+        notes = {name: _masked(one) for name, one in results.items() if lowrank.below_precision(one.changed)}
     elif plan.policy.energy is not None:
         found = {name: one.most for name, one in spectra.items()}  # the solver stopped where it was enough
     else:
@@ -64,7 +69,7 @@ def choose(plan: Plan, results: Mapping[str, TensorResult], draft: Draft, dtype:
     warnings = tuple(_warnings(plan, results, found))
     if plan.policy.chooses:
         plan = plan.of_rank(max(own.values(), default=1))
-    return Chosen(plan, own, without, adapter.file_bytes(draft(_unpadded(plan), own), dtype), warnings)
+    return Chosen(plan, own, without, notes, adapter.file_bytes(draft(_unpadded(plan), own), dtype), warnings)
 
 
 def require_budget(plan: Plan, draft: Draft, dtype: str) -> None:
@@ -94,12 +99,14 @@ class Outlook:
         file_bytes: of the adapter at that rank, as written: padded where servers want that.
         natural_bytes: the same, if each pair could be written at its own rank.
         least_bytes: at rank 1.
+        most_bytes: of whatever the policy may choose; under a budget of parameters without the header.
     """
 
     rank: int
     file_bytes: int
     natural_bytes: int
     least_bytes: int
+    most_bytes: int
 
 
 def outlook(plan: Plan, draft: Draft, dtype: str) -> Outlook:
@@ -110,15 +117,19 @@ def outlook(plan: Plan, draft: Draft, dtype: str) -> Outlook:
 
     rank, budget = plan.rank, plan.policy.budget
     if budget is not None:
-        fits = (
-            step
-            for step in reversed(steps(plan))
-            if _amount(budget, layout(step, plan.of_rank(step)), dtype) <= budget.amount
+        even = steps(plan)
+        count = ranks.prefix(
+            len(even),
+            lambda n: _amount(budget, layout(even[n - 1], plan.of_rank(even[n - 1])), dtype) <= budget.amount,
         )
-        rank = next(fits, 1)
+        rank = even[max(count, 1) - 1]
     made, least = plan.of_rank(rank), plan.of_rank(1)
     files = layout(rank, made), layout(rank, _unpadded(made)), layout(1, least)
-    return Outlook(rank, *(adapter.file_bytes(each, dtype) for each in files))
+    written, natural, smallest = (adapter.file_bytes(each, dtype) for each in files)
+    most = written
+    if budget is not None and plan.per_tensor_ranks and rank < plan.rank:
+        most = budget.amount * (1 if budget.counts == "bytes" else adapter.DTYPES[dtype][1].itemsize)
+    return Outlook(rank, written, natural, smallest, most)
 
 
 def _unpadded(plan: Plan) -> Plan:
@@ -162,14 +173,8 @@ def _amount(budget: Budget, layout: Layout, dtype: str) -> int:
     return adapter.file_bytes(layout, dtype) if budget.counts == "bytes" else adapter.parameters(layout)
 
 
-def _above_noise(result: TensorResult, spectrum: Spectrum) -> int:
-    return 0 if lowrank.below_precision(result.changed) else ranks.above_noise(spectrum)
-
-
-def _why_noise(result: TensorResult) -> str:
-    if lowrank.below_precision(result.changed):
-        return f"{BELOW_PRECISION}: only {percent(result.changed)} of the entries of its rows that moved differ"
-    return f"{BELOW_PRECISION}: no singular value stands above the edge of its rounding noise, {result.noise_edge:.3g}"
+def _masked(result: TensorResult) -> str:
+    return f"{BELOW_PRECISION}: {percent(result.changed)} of the entries of its rows that moved differ"
 
 
 def _warnings(plan: Plan, results: Mapping[str, TensorResult], found: Mapping[str, int]) -> Iterator[str]:
@@ -181,8 +186,16 @@ def _warnings(plan: Plan, results: Mapping[str, TensorResult], found: Mapping[st
         yield f"{len(noisy)} of {len(results)} tensors reach {policy.energy:g} of their energy only with rounding noise ({some(noisy)}); --rank auto keeps what stands above it"
     drowned = [name for name in results if policy.noise and not found[name]]
     if drowned:
-        share = sum(results[name].delta_sq for name in drowned) / sum(one.delta_sq for one in results.values())
-        yield f"{BELOW_PRECISION}: {len(drowned)} of {len(results)} tensors get no rank ({some(drowned)}), with {percent(share)} of ‖ΔW‖² between them; --rank N and --budget keep their first directions all the same"
+        yield f"{BELOW_PRECISION}: {len(drowned)} of {len(results)} tensors get no rank ({some(drowned)}), with {_share(drowned, results)} of ‖ΔW‖² between them; --rank N and --budget keep their first directions all the same"
+    masked = [
+        name for name in results if policy.noise and found[name] and lowrank.below_precision(results[name].changed)
+    ]
+    if masked:
+        yield f"{BELOW_PRECISION}: in {len(masked)} of {len(results)} tensors ({some(masked)}), with {_share(masked, results)} of ‖ΔW‖² between them, fewer than half of the entries differ; they keep what stands above the rounding noise, and a few ranks more or less may be better"
     capped = [pair.name for pair in plan.adapted if found.get(pair.name) == plan.rank < min(pair.shape)]
     if policy.noise and capped:
         yield f"{len(capped)} tensors may have more above the noise than the largest rank allowed, {plan.rank} ({some(capped)}); raise --max-rank"
+
+
+def _share(names: Collection[str], results: Mapping[str, TensorResult]) -> str:
+    return percent(sum(results[name].delta_sq for name in names) / sum(one.delta_sq for one in results.values()))

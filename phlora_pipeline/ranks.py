@@ -186,7 +186,7 @@ def largest_even(spectra: Mapping[str, Spectrum], steps: Sequence[int], fits: Fi
         steps: ranks that may be taken, ascending.
         fits: monotone.
     """
-    count = _prefix(len(steps), lambda n: fits({name: fixed(one, steps[n - 1]) for name, one in spectra.items()}))
+    count = prefix(len(steps), lambda n: fits({name: fixed(one, steps[n - 1]) for name, one in spectra.items()}))
     return {name: fixed(one, steps[count - 1]) for name, one in spectra.items()} if count else None
 
 
@@ -209,7 +209,7 @@ def spread(spectra: Mapping[str, Spectrum], fits: Fits) -> dict[str, int] | None
         key=lambda item: item[:2],
     )
     while waiting:
-        count = _prefix(len(waiting), lambda n: fits(_with(taken, waiting[:n])))  # noqa: B023
+        count = prefix(len(waiting), lambda n: fits(_with(taken, waiting[:n])))  # noqa: B023
         taken = _with(taken, waiting[:count])
         # What costs as much as the first that does not fit, will not fit either: the room left only shrinks.
         waiting = [item for item in waiting[count:] if item[2] < waiting[count][2]]
@@ -222,17 +222,21 @@ def within(spectra: Mapping[str, Spectrum], steps: Sequence[int], fits: Fits) ->
     return max(found, key=lambda ranks: energy(spectra, ranks), default=None)
 
 
-def _with(taken: Mapping[str, int], items: Sequence[tuple[float, str, int]]) -> dict[str, int]:
-    more = dict(taken)
-    for _, name, _ in items:
-        more[name] += 1
-    return more
+def prefix(count: int, fits: Callable[[int], bool]) -> int:
+    """The largest n ≤ count with fits(n), or 0; fits is monotone.
 
-
-def _prefix(count: int, fits: Callable[[int], bool]) -> int:
-    """The largest n ≤ count with fits(n), or 0; fits is monotone."""
+    >>> prefix(10, lambda n: n * n <= 20)
+    4
+    """
     low, high = 0, count
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
+
+
+def _with(taken: Mapping[str, int], items: Sequence[tuple[float, str, int]]) -> dict[str, int]:
+    more = dict(taken)
+    for _, name, _ in items:
+        more[name] += 1
+    return more

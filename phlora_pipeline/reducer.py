@@ -342,7 +342,9 @@ def _factored_row(
     return replace(
         row,
         status="adapted",
-        reason="; ".join([*_about_rank(result, most, plan, asked), *result.notes]),
+        reason="; ".join(
+            [*_about_rank(result, most, plan, asked), *filter(None, [chosen.notes.get(row.tensor)]), *result.notes]
+        ),
         rank=rank,
         preserved_energy=lowrank.preserved_energy(values, result.delta_sq, rank),
         written_energy=1 - lost_sq / result.delta_sq,

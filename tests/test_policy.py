@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from phlora_pipeline import pipeline
 from phlora_pipeline.errors import RequestError
+from phlora_pipeline.summary import percent, summarize
 from phlora_pipeline.verify import verify
 from tests import runs, toys
 from tests.test_experts import MIXTRAL, stacked
@@ -98,6 +99,18 @@ def test_under_one_rank_for_all_it_is_the_largest_that_fits(
     for rank in larger:
         runs.extract(*pair, tmp_path / "larger", rank=rank, dialect=dialect)
         assert taken(tmp_path / "larger") > amount
+
+
+def test_the_card_says_what_these_ranks_keep_and_not_what_smaller_slices_would(pair: Pair, tmp_path: Path) -> None:
+    """Of ranks of their own no slice is that of one rank for all: such a rank may keep more than they do, or less."""
+    runs.extract(*pair, tmp_path / "out", budget="24kB", dialect="peft", max_rank=32)
+    runs.extract(*pair, tmp_path / "even", rank=16, max_rank=32, dialect="peft")
+    card, rows = (tmp_path / "out" / "README.md").read_text(), runs.rows(tmp_path / "out").values()
+    own = sorted(row.rank for row in rows if row.rank is not None)
+    assert f"# LoRA of ranks {own[0]} to {own[-1]}, median " in card
+    assert "by the first" not in card
+    even = summarize(list(runs.rows(tmp_path / "even").values())).preserved_energy
+    assert f"| rank 16 for each of them would keep | {percent(even)} |" in card
 
 
 def test_a_budget_that_holds_everything_takes_everything(pair: Pair, tmp_path: Path) -> None:

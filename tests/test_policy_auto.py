@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from phlora_pipeline.summary import reasons
 from phlora_pipeline.verify import verify
 from tests import runs, toys
 
@@ -28,6 +30,19 @@ def bf16_pair(folder: Path, rank: int, rms: float, *, seed: int = 0) -> tuple[Pa
     return toys.save(folder / "base", base), toys.save(folder / "tuned", tuned)
 
 
+def rounded(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One weight in float32, and in bfloat16: all that differs is rounding."""
+    weight = 0.02 * torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+    return weight, weight.bfloat16()
+
+
+def rounded_pair(folder: Path) -> tuple[Path, Path]:
+    """A checkpoint that was only stored anew."""
+    both = {name: rounded(number) for number, name in enumerate(NAMES)}
+    base, tuned = ({name: pair[side] for name, pair in both.items()} for side in (0, 1))
+    return toys.save(folder / "base", base), toys.save(folder / "tuned", tuned)
+
+
 @pytest.mark.parametrize("dialect", ["peft", "portable"])
 @pytest.mark.parametrize("rank", [4, 16])
 def test_it_finds_the_rank_that_there_was_and_leaves_the_noise(rank: int, dialect: str, tmp_path: Path) -> None:
@@ -42,14 +57,31 @@ def test_it_finds_the_rank_that_there_was_and_leaves_the_noise(rank: int, dialec
     assert (again.outcome, again.ranks, again.rank) == ("exists", result.ranks, result.rank)
 
 
-def test_where_the_update_is_below_storage_precision_it_says_so_instead_of_a_rank(tmp_path: Path) -> None:
-    pair = bf16_pair(tmp_path, 4, 1e-6)
+def test_of_an_update_below_storage_precision_what_stands_above_the_edge_is_kept_and_it_says_so(tmp_path: Path) -> None:
+    pair = bf16_pair(tmp_path, 4, 1e-5)
+    result = runs.extract(*pair, tmp_path / "out", rank="auto", max_rank=64, dialect="peft")
+    assert set(result.ranks) == set(NAMES)
+    assert all(4 <= rank < 32 for rank in result.ranks.values())
+    [told] = result.warnings
+    assert told.startswith("update below storage precision: in 4 of 4 tensors")
+    assert "with 100.0 % of ‖ΔW‖² between them" in told
+    assert "4 of them are of an update below storage precision" in (tmp_path / "out" / "README.md").read_text()
+    for row in runs.rows(tmp_path / "out").values():
+        assert row.status == "adapted"
+        assert re.fullmatch(
+            r"update below storage precision: 1\d\.\d % of the entries of its rows that moved differ", row.reason
+        )
+
+
+def test_where_nothing_stands_above_the_edge_it_says_so_instead_of_a_rank(tmp_path: Path) -> None:
+    pair = rounded_pair(tmp_path)
     result = runs.extract(*pair, tmp_path / "out", rank="auto", max_rank=64)
     assert (result.outcome, result.ranks) == ("nothing_to_adapt", {})
     assert any(warning.startswith("update below storage precision: 4 of 4 tensors") for warning in result.warnings)
+    assert len(reasons(result.summary)) == 1  # told once, not tensor by tensor
     for row in runs.rows(tmp_path / "out").values():
         assert row.status == "skipped"
-        assert row.reason.startswith("update below storage precision: only ")
+        assert row.reason.startswith("update below storage precision: no singular value stands above")
         assert row.singular_values  # what there was to see, for reports
     assert runs.extract(*pair, tmp_path / "out", rank="auto", max_rank=64).outcome == "nothing_to_adapt"
 
@@ -58,8 +90,8 @@ def test_in_a_family_of_which_a_part_is_noise_that_part_gets_a_zero_pair(tmp_pat
     pair = bf16_pair(tmp_path, 4, 1e-3)
     tensors = toys.load(pair[1])
     before = toys.load(pair[0])
-    generator = torch.Generator().manual_seed(5)
-    tensors[NAMES[0]] = (before[NAMES[0]].float() + 1e-6 * torch.randn(SIZE, SIZE, generator=generator)).bfloat16()
+    before[NAMES[0]], tensors[NAMES[0]] = rounded(0)
+    toys.save(pair[0], before)
     toys.save(pair[1], tensors)
     result = runs.extract(*pair, tmp_path / "out", rank="auto", max_rank=64)
     row = runs.rows(tmp_path / "out")[NAMES[0]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,20 @@ def _train(corpus: Corpus, body: Path, folder: Path) -> None:
 def scores_of(base: Path, tuned: Path, texts: Path, adapter: Path) -> Scores:
     from peft import PeftModel
 
-    tokenizer, sentences = load_tokenizer(base), sample(read_corpus(texts).held_out, _HELD_OUT_SENTENCES)
-    model = load_model(base)
-    before = accuracy(model, tokenizer, sentences)
-    adapted = accuracy(PeftModel.from_pretrained(model, str(adapter)), tokenizer, sentences)
-    return Scores(base=before, tuned=accuracy(load_model(tuned), tokenizer, sentences), adapted=adapted)
+    adapted = accuracy(PeftModel.from_pretrained(load_model(base), str(adapter)), load_tokenizer(base), held_out(texts))
+    return Scores(base=_score(base, base, texts), tuned=_score(tuned, base, texts), adapted=adapted)
+
+
+@cache
+def _score(folder: Path, base: Path, texts: Path) -> float:
+    """Of a checkpoint by itself, whatever adapters it is compared with."""
+    return accuracy(load_model(folder), load_tokenizer(base), held_out(texts))
+
+
+@cache
+def held_out(texts: Path) -> list[Sentence]:
+    """What no pair is trained on."""
+    return sample(read_corpus(texts).held_out, _HELD_OUT_SENTENCES)
 
 
 def load_model(folder: Path, *, labelled: bool = True) -> Any:

@@ -47,6 +47,8 @@ def show_result(result: ExtractResult) -> None:
     known = ", ".join(
         f"{percent(share)} at rank {rank}" for rank, share in summary.energy_at.items() if share is not None
     )
+    if known and result.policy != "fixed":
+        known = f"one rank for all would keep {known}"
     line(
         f"energy of the update kept: {percent(summary.preserved_energy)} by the factors, {percent(summary.written_energy)} as written"
         + (f" ({known})" if known else "")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # torch comes with them
 
 def of_result(result: ExtractResult) -> str:
     """For the headline: `rank 32`, or the range that a policy chose."""
-    if result.policy == "fixed" or not result.ranks:
+    if result.policy == "fixed" or len(set(result.ranks.values())) < 2:
         return f"rank {result.rank}"
     return f"ranks {spread_words(result.ranks.values())}"
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from phlora_pipeline import adapter
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.lowrank import PROFILES, Profile, Solver
 from phlora_pipeline.plan import Task
@@ -72,7 +71,7 @@ class ModelForecast:
         why: it is due.
         tensors: that are read.
         tuned_bytes: of the fine-tune to read; the base's are shared, and counted in all.
-        adapter_bytes: about what is written: the factors in 16 bits, or in 32 where the fine-tune has these.
+        adapter_bytes: of the weights' file, taking every target as changed; the most, where a policy chooses ranks.
         seconds: solver → of one worker, without reading.
         tasks: it has a part in.
         stands: whether the adapter is there already, and only its record is missing.
@@ -185,7 +184,6 @@ def _states(found: Sequence[Standing]) -> dict[str, int]:
 
 def _model(ready: Ready, profile: Profile) -> ModelForecast:
     plan, entry = ready.prepared.plan, ready.standing.entry
-    wide = adapter.pick_dtype(ready.config.dtype, plan.adapted) == "float32"
     work = () if ready.stands else plan.tasks
     return ModelForecast(
         entry.id,
@@ -193,7 +191,7 @@ def _model(ready: Ready, profile: Profile) -> ModelForecast:
         ready.standing.reason,
         sum(len(task.block.pairs) for task in work),
         sum(member.tuned_bytes for task in work for member in task.members),
-        plan.adapter_parameters * (4 if wide else 2),
+        ready.prepared.outlook().most_bytes,
         {solver: sum(_seconds(task, solver, profile) for task in work) for solver in SOLVERS},
         len(work),
         ready.stands,

@@ -41,6 +41,28 @@ def test_it_tells_the_bytes_that_the_night_then_reads(zoo: Zoo, share: str) -> N
     assert set(after.seconds.values()) == {0.0}
 
 
+@pytest.mark.parametrize("own", [{"rank": 4}, {"rank": 4, "for": "peft", "dtype": "float32"}, {"budget": "3kB"}])
+def test_it_tells_the_bytes_that_are_then_written(own: dict[str, object], zoo: Zoo) -> None:
+    told = forecast(zoo.config(extract=own), Cluster())
+    zoo.night(extract=own)
+    for model in told.models:
+        assert (
+            sum(path.stat().st_size for path in Path(zoo.out, model.id).rglob("adapter_model.safetensors"))
+            == model.adapter_bytes
+        )
+
+
+@pytest.mark.parametrize("budget", ["3kB", "700-params", "1GB"])
+def test_of_ranks_of_their_own_it_tells_what_a_budget_is(budget: str, zoo: Zoo) -> None:
+    own = {"budget": budget, "for": "peft", "dtype": "float32"}
+    told = forecast(zoo.config(extract=own), Cluster())
+    zoo.night(extract=own)
+    for model in told.models:
+        [weights] = Path(zoo.out, model.id).rglob("adapter_model.safetensors")
+        header = 0 if budget != "700-params" else 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+        assert 0.9 * model.adapter_bytes < weights.stat().st_size - header <= model.adapter_bytes
+
+
 def test_more_machines_never_take_longer_and_reading_is_the_floor(zoo: Zoo) -> None:
     config = zoo.config()
     some = Cluster(node_read_rate=1e6, price=10.0)
