@@ -97,9 +97,9 @@ def trade_off_figure(found: TradeOff) -> Figure:
             axes.plot(*point, marker=marker, color=LIGHT[role], linestyle="", markersize=6.5, markeredgecolor=LIGHT["surface"], label="" if number else label, zorder=3)  # fmt: skip
             if way == "budget":
                 continue  # straight above the rank whose size it has
-            x, y, side = _beside(choice, found.uniform)
+            right, up, side = _beside(choice, found.uniform)
             axes.annotate(
-                choice.label, point, xytext=(x, y), textcoords="offset points", fontsize=8.5, color=LIGHT[role],
+                choice.label, point, xytext=(right, up), textcoords="offset points", fontsize=8.5, color=LIGHT[role],
                 ha=side, bbox={"facecolor": LIGHT["surface"], "edgecolor": "none", "pad": 0.4, "alpha": 0.8},
             )  # fmt: skip
     for choice in found.choices:

@@ -153,6 +153,10 @@ def test_what_an_extraction_to_a_threshold_keeps_is_known_to_reach_it(pair: tupl
     rows = [row for row in runs.rows(tmp_path / "out").values() if row.rank]
     assert [rank_for(row, 0.9) for row in rows] == [row.rank for row in rows]
     assert any(rank_for(row, 0.99) is None for row in rows)
+    half = shelf.adapted("a", "mlp", (8, 8), 0.0, most=1, rest=1.0)
+    stored = torch.tensor(math.sqrt(0.5)).item()
+    assert stored**2 < 0.5
+    assert rank_for(replace(half, delta_norm=1.0, singular_values=(stored,)), 0.5) == 1
 
 
 def test_the_noise_edge_is_there_where_it_was_measured() -> None:
