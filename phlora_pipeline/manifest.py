@@ -46,6 +46,7 @@ class EnergyRow:
     preserved_energy: float | None = None
     written_energy: float | None = None
     noise_energy: float | None = None
+    noise_edge: float | None = None
     singular_values: tuple[float, ...] | None = None
     energy_at: Mapping[int, float | None] = field(default_factory=dict)
     solver: str = ""
@@ -90,6 +91,10 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "noise_energy": (
         "double",
         "share of the squared norm of the update that is the fine-tune's own rounding to its stored dtype, as expected",
+    ),
+    "noise_edge": (
+        "double",
+        "singular values up to it are that rounding, by which --rank auto goes; infinite where so few entries differ that all may be",
     ),
     "singular_values": ("list<float>", "of the update, descending, up to max_rank of them"),
     "energy_at": ("map<int32, double>", "E_r at ranks 8 to 512; null above max_rank"),

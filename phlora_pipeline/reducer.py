@@ -327,6 +327,7 @@ def _factored_row(
     asked = convolutions.rank_of_one(row.module, plan.rank)
     row = replace(
         row,
+        noise_edge=math.inf if lowrank.below_precision(result.changed) else result.noise_edge,
         singular_values=values,
         energy_at={
             r: lowrank.preserved_energy(values, result.delta_sq, min(convolutions.rank_of_one(row.module, r), most))

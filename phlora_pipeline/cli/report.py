@@ -25,7 +25,8 @@ def report(
     manifests: Annotated[
         list[str],
         typer.Argument(
-            metavar="MANIFEST...", help="An energy.parquet, an adapter's folder, or a zoo's output: URLs, one or more."
+            metavar="MANIFEST...",
+            help="An energy.parquet, an adapter's folder, a folder of adapters, or a zoo's output: URLs, one or more.",
         ),
     ],
     out: Annotated[
@@ -51,6 +52,8 @@ def report(
     to one for each. Pages need no network. An earlier report is replaced, nothing else.
 
     Examples: phlora report ./adapter --out page.html   phlora report s3://serving/adapters --out zoo.html
+
+    What each rank keeps, side by side: phlora extract --rank 16,32,64 --out ./ranks ...   phlora report ./ranks --out ranks.html
     """
     chosen = form or (Form.HTML if out else Form.JSON if json_output else Form.MD)
     if json_output and not out and chosen is not Form.JSON:

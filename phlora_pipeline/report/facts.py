@@ -9,8 +9,8 @@ from typing import Any
 
 from phlora_pipeline import safetensors_format
 from phlora_pipeline.manifest import EnergyRow
-from phlora_pipeline.report.choices import TradeOff, noise_edge, rank_for, trade_off
-from phlora_pipeline.report.curve import EnergyCurve, energy_curve, factored, shares
+from phlora_pipeline.report.choices import TradeOff, rank_for, trade_off
+from phlora_pipeline.report.curve import EnergyCurve, energy_curve, factored
 from phlora_pipeline.report.grid import GOAL, Grid, grid
 from phlora_pipeline.summary import Summary, summarize
 
@@ -77,7 +77,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """Singular values of one tensor's update, the share of ‖ΔW‖² that lies in it, and the noise edge where it is known."""
+    """Singular values of one tensor's update, the share of ‖ΔW‖² that lies in it, and the noise edge where it is known: infinite where all may be noise."""
 
     tensor: str
     values: tuple[float, ...]
@@ -205,7 +205,7 @@ def _spectra(rows: Sequence[EnergyRow], total: float) -> tuple[Spectrum, ...]:
         projection = ".".join("*" if part.isdecimal() else part for part in row.module.split("."))
         largest.setdefault(projection, row)
     return tuple(
-        Spectrum(row.module, tuple(row.singular_values or ()), _squared(row) / total, noise_edge(row))
+        Spectrum(row.module, tuple(row.singular_values or ()), _squared(row) / total, row.noise_edge)
         for row in list(largest.values())[:MOST_SPECTRA]
     )
 
@@ -229,5 +229,5 @@ def _groups(rows: Sequence[EnergyRow], total: float) -> tuple[Group, ...]:
 
 
 def _line(row: EnergyRow, total: float) -> Line:
-    needed = rank_for(shares(row), GOAL) if row.singular_values and row.delta_norm else None
+    needed = rank_for(row, GOAL) if row.singular_values and row.delta_norm else None
     return Line(row, _squared(row) / total if total and row.delta_norm is not None else None, needed)

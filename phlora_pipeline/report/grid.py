@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from phlora_pipeline.manifest import EnergyRow
 from phlora_pipeline.report.choices import rank_for
-from phlora_pipeline.report.curve import shares
 
 GOAL = 0.9
 """Of the energy: the rank that it takes is told of each tensor."""
@@ -102,7 +101,7 @@ def _cell(rows: Sequence[EnergyRow]) -> Cell | None:
     total = math.fsum((row.delta_norm or 0.0) ** 2 for row in own)
     kept = math.fsum((row.delta_norm or 0.0) ** 2 * (row.preserved_energy or 0.0) for row in own)
     ranks = [row.rank or 0 for row in own]
-    needed = [rank_for(shares(row), GOAL) for row in own]
+    needed = [rank_for(row, GOAL) for row in own]
     known = [rank for rank in needed if rank is not None]
     return Cell(
         len(rows), "adapted", kept / total, (min(ranks), max(ranks)), max(known) if len(known) == len(needed) else None

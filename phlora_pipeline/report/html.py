@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,9 +92,11 @@ def model_page(report: ModelReport, *, stem: str = "", up: str = "") -> Drawn:
         shares=_shares(report),
         ranks_differ=ranks_differ,
         goal=percent(GOAL, 0),
-        has_edge=any(spectrum.edge for spectrum in report.spectra),
+        needed_known=any(cell and cell.needed for line in report.grid.cells for cell in line),
+        has_edge=any(spectrum.edge is not None for spectrum in report.spectra),
         spectrum_places=[n for n in _SPECTRUM_PLACES if any(n <= len(one.values) for one in report.spectra)],
         most_lines=MOST_LINES,
+        inf=math.inf,
     )  # fmt: skip
     return Drawn(html, files)
 
@@ -106,6 +109,8 @@ def index_page(models: Sequence[Entry], *, stem: str) -> Drawn:
         stem: of the names of the figures' files.
     """
     curves = [(model.name, model.curve) for model in models if model.curve.ranks]
+    if len(curves) <= plots.MOST_CURVES:
+        curves = _once(curves)
     points = [
         (model.name, model.adapter_bytes, model.summary.preserved_energy)
         for model in models
@@ -167,6 +172,14 @@ def _shares(report: ModelReport) -> list[dict[str, Any]]:
         ("left out", 1 - summary.coverage - carried, "s1"),
     )
     return [{"name": name, "share": share, "role": role} for name, share, role in parts if share > 1e-6]
+
+
+def _once(curves: Sequence[tuple[str, EnergyCurve]]) -> list[tuple[str, EnergyCurve]]:
+    """Adapters of several ranks from one extraction have the same curve: it is drawn once, under all their names."""
+    names: dict[EnergyCurve, list[str]] = {}
+    for name, curve in curves:
+        names.setdefault(curve, []).append(name)
+    return [(", ".join(same), curve) for curve, same in names.items()]
 
 
 def _total(models: Sequence[Entry]) -> dict[str, Any]:

@@ -32,19 +32,20 @@ class _Map:
 
 
 def grid_figure(found: Grid) -> Figure:
-    """Both maps; numbers in the cells where there is room for them."""
+    """Both maps, or the one that has a value; numbers in the cells where there is room for them."""
     names = [short(shown(name), 30) for name in found.projections]
     left = 0.3 + 0.082 * max(map(len, names))
     width = min(max((WIDE - left - _RIGHT) / len(found.layers), _LEAST), _MOST)
     wide = max(left + width * len(found.layers) + _RIGHT, 5.0)
+    maps = [kind for kind in (_energies(found), _ranks(found)) if _values(found, kind.look)]
     tall = _ROW * len(names)
-    high = _TOP + 2 * tall + _GAP + 0.55
+    high = _TOP + len(maps) * tall + (len(maps) - 1) * _GAP + 0.55
     figure = canvas(wide, high)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     axes.set_xlim(0, wide)
     axes.set_ylim(high, 0)
-    for number, kind in enumerate((_energies(found), _ranks(found))):
+    for number, kind in enumerate(maps):
         _draw(axes, found, names, kind, (left, _TOP + number * (tall + _GAP)), width)
     return figure
 
@@ -94,13 +95,13 @@ def _draw(axes: Axes, found: Grid, names: Sequence[str], kind: _Map, corner: tup
             if written:
                 ink = "on-low" if value is None or _step(value, kind.span) < STEPS // 2 else "on-high"
                 at = (left + (x + 0.5) * width, top + (y + 0.5) * _ROW)
-                axes.text(*at, text or "·", ha="center", va="center", fontsize=8, color=LIGHT[ink])
+                _text(axes, *at, text or "·", ha="center", va="center", fontsize=8, color=LIGHT[ink])
     line_width = 0.8 if width > 0.15 else 0.3
     axes.add_collection(PolyCollection(boxes, facecolors=colours, edgecolors=LIGHT["surface"], linewidths=line_width))
     quiet: dict[str, Any] = {"color": LIGHT["soft"], "fontsize": 9}
-    axes.text(left, top - 0.12, kind.title, color=LIGHT["ink"], va="bottom")
+    _text(axes, left, top - 0.12, kind.title, color=LIGHT["ink"], va="bottom")
     for y, name in enumerate(names):
-        axes.text(left - 0.1, top + (y + 0.5) * _ROW, name, ha="right", va="center", **quiet)
+        _text(axes, left - 0.1, top + (y + 0.5) * _ROW, name, ha="right", va="center", **quiet)
     _layer_names(axes, found.layers, (left, top + rows * _ROW), width)
     _scale(axes, kind, (left + columns * width + 0.18, top), rows * _ROW)
 
@@ -110,8 +111,13 @@ def _layer_names(axes: Axes, layers: Sequence[str], corner: tuple[float, float],
     every = max(1, math.ceil(longest / width))
     for x in range(0, len(layers), every):
         at = (corner[0] + (x + 0.5) * width, corner[1] + 0.09)
-        axes.text(*at, short(shown(layers[x]), 24), ha="center", va="top", color=LIGHT["soft"], fontsize=9)
-    axes.text(corner[0], corner[1] + 0.3, "layer", va="top", color=LIGHT["soft"], fontsize=9)
+        _text(axes, *at, short(shown(layers[x]), 24), ha="center", va="top", color=LIGHT["soft"], fontsize=9)
+    _text(axes, corner[0], corner[1] + 0.3, "layer", va="top", color=LIGHT["soft"], fontsize=9)
+
+
+def _text(axes: Axes, x: float, y: float, told: str, **look: Any) -> None:
+    """Of the figure: one of the axes takes twice the time, since it is clipped."""
+    axes.figure.text(x, y, told, transform=axes.transData, **look)
 
 
 def _scale(axes: Axes, kind: _Map, corner: tuple[float, float], tall: float) -> None:
@@ -126,7 +132,7 @@ def _scale(axes: Axes, kind: _Map, corner: tuple[float, float], tall: float) -> 
     places = (0.0, 1.0) if tall < 0.8 else (0.0, 0.5, 1.0)
     for place in places:
         at = (left + _BAR + 0.07, top + tall * (1 - place))
-        axes.text(*at, kind.tick(low + place * (high - low)), va="center", color=LIGHT["soft"], fontsize=8.5)
+        _text(axes, *at, kind.tick(low + place * (high - low)), va="center", color=LIGHT["soft"], fontsize=8.5)
 
 
 def _box(left: float, top: float, width: float, high: float) -> list[tuple[float, float]]:

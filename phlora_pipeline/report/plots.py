@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from phlora_pipeline.report.choices import TradeOff
+from phlora_pipeline.report.choices import Choice, TradeOff
 from phlora_pipeline.report.curve import EnergyCurve, crowd
 from phlora_pipeline.report.facts import ModelReport, Spectrum
 from phlora_pipeline.report.frame import frame, log_scale, percent_scale, rank_scale
@@ -42,7 +43,7 @@ def energy_figure(report: ModelReport) -> Figure:
         axes.plot(ranks, _hundredfold(least), color=blue, linestyle=_DOTTED, label="mean, at least")
     if report.ranks and report.ranks[0] == report.ranks[1]:
         _mark_rank(axes, report.ranks[0])
-    _legend(axes, low=_leaves_room_below(curve.mean))
+    _legend(axes, low=_rises_early(curve.mean))
     return figure
 
 
@@ -65,7 +66,7 @@ def energies_figure(named: Sequence[Named]) -> Figure:
             axes.plot(
                 curve.ranks, _hundredfold(curve.mean), color=LIGHT[role], label=_told(name), **_marks(curve.ranks)
             )  # fmt: skip
-    _legend(axes, low=_leaves_room_below([min(curve.mean[-1] for _, curve in named)]))
+    _legend(axes, low=_rises_early([min(curve.mean[-1] for _, curve in named)]))
     return figure
 
 
@@ -88,20 +89,23 @@ def trade_off_figure(found: TradeOff) -> Figure:
     for way, marker, role, label in (
         ("fixed rank", "o", "s0", ""),
         ("energy", "D", "s1", "each tensor at a threshold of energy"),
-        ("noise edge", "^", "s3", "each tensor at its noise edge"),
+        ("budget", "s", "s2", "a budget of the same size as a fixed rank"),
+        ("noise edge", "^", "s3", "each tensor at its noise edge: auto"),
     ):
         for number, choice in enumerate(one for one in found.choices if one.way == way and one.nbytes):
             point = (choice.nbytes, 100 * choice.energy)
             axes.plot(*point, marker=marker, color=LIGHT[role], linestyle="", markersize=6.5, markeredgecolor=LIGHT["surface"], label="" if number else label, zorder=3)  # fmt: skip
-            below = way == "fixed rank"
+            if way == "budget":
+                continue  # straight above the rank whose size it has
+            right, up, side = _beside(choice, found.uniform)
             axes.annotate(
-                choice.label, point, xytext=(6, -11) if below else (-6, 7), textcoords="offset points", fontsize=8.5, color=LIGHT[role],
-                ha="left" if below else "right", bbox={"facecolor": LIGHT["surface"], "edgecolor": "none", "pad": 0.4, "alpha": 0.8},
+                choice.label, point, xytext=(right, up), textcoords="offset points", fontsize=8.5, color=LIGHT[role],
+                ha=side, bbox={"facecolor": LIGHT["surface"], "edgecolor": "none", "pad": 0.4, "alpha": 0.8},
             )  # fmt: skip
     for choice in found.choices:
         if choice.way == "this adapter":
             axes.plot(choice.nbytes, 100 * choice.energy, marker="o", markersize=14, markerfacecolor="none", markeredgecolor=LIGHT["ink"], markeredgewidth=1.5, linestyle="", label="this adapter", zorder=4)  # fmt: skip
-    _legend(axes, low=_leaves_room_below([y for _, y in found.uniform]))
+    _legend(axes, low=_rises_early([energy for _, energy in found.uniform]))
     return figure
 
 
@@ -119,7 +123,7 @@ def sizes_figure(points: Sequence[tuple[str, float, float]]) -> Figure:
         return figure
     for role, (name, nbytes, energy) in zip(SERIES, points, strict=False):
         axes.plot(nbytes, 100 * energy, marker="o", linestyle="", markersize=9, color=LIGHT[role], markeredgecolor=LIGHT["surface"], label=_told(name))  # fmt: skip
-    _legend(axes, low=_leaves_room_below([energy for _, _, energy in points]))
+    _legend(axes, low=_rises_early([energy for _, _, energy in points]))
     return figure
 
 
@@ -127,18 +131,19 @@ def spectra_figure(spectra: Sequence[Spectrum], rank: int | None) -> Figure:
     """Singular values of some tensors, with the noise edge of each where it is known."""
     names = labels([spectrum.tensor for spectrum in spectra])
     lines = [[value for value in spectrum.values if value > 0] for spectrum in spectra]
-    values = [value for line in lines for value in line] + [spectrum.edge for spectrum in spectra if spectrum.edge]
+    edges = [_edge(spectrum) for spectrum in spectra]
+    values = [value for line in lines for value in line] + [edge for edge in edges if edge]
     figure, axes = frame(
         rank_scale(max(map(len, lines)), "i"),
         log_scale(values, "{:g}".format, "singular value σᵢ of ΔW", most=7),
         high=4.1,
     )
-    for role, spectrum, line in zip(SERIES, spectra, lines, strict=False):
+    for role, spectrum, line, edge in zip(SERIES, spectra, lines, edges, strict=False):
         name = _told(names[spectrum.tensor])
         axes.plot(range(1, len(line) + 1), line, color=LIGHT[role], linewidth=1.7, label=name, **_marks(line))
-        if spectrum.edge:
-            axes.axhline(spectrum.edge, color=LIGHT[role], linewidth=1.2, linestyle=_DOTTED, zorder=1)
-    if any(spectrum.edge for spectrum in spectra):
+        if edge:
+            axes.axhline(edge, color=LIGHT[role], linewidth=1.2, linestyle=_DOTTED, zorder=1)
+    if any(edges):
         axes.plot([], [], color=LIGHT["soft"], linewidth=1.2, linestyle=_DOTTED, label="noise edge")
     if rank is not None:
         _mark_rank(axes, rank)
@@ -167,9 +172,10 @@ def _band(axes: Axes, curve: EnergyCurve, colour: str, *, alpha: float, label: s
 
 def _mark_rank(axes: Axes, rank: int) -> None:
     axes.axvline(rank, color=LIGHT["soft"], linewidth=1, linestyle=_DOTTED, zorder=1)
+    most = axes.get_xlim()[1]
     axes.annotate(
         f"this adapter: rank {rank}", (rank, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 5), textcoords="offset points",
-        fontsize=8.5, color=LIGHT["soft"], ha="center", annotation_clip=False,
+        fontsize=8.5, color=LIGHT["soft"], ha="right" if rank * rank > most else "left", annotation_clip=False,
     )  # fmt: skip
 
 
@@ -177,8 +183,24 @@ def _legend(axes: Axes, *, low: bool) -> None:
     axes.legend(loc="lower right" if low else "upper left")
 
 
-def _leaves_room_below(shares: Sequence[float]) -> bool:
-    return min(shares[len(shares) // 2 :]) > 0.45
+def _edge(spectrum: Spectrum) -> float | None:
+    """Where it can be drawn without much empty room: not where all is noise, nor far below what is known."""
+    least = min(value for value in spectrum.values if value > 0)
+    return spectrum.edge if spectrum.edge and least / 10 < spectrum.edge < math.inf else None
+
+
+def _rises_early(shares: Sequence[float]) -> bool:
+    """Whether a line of these stands where a legend at the upper left would."""
+    return shares[len(shares) * 2 // 5] > 0.45
+
+
+def _beside(choice: Choice, uniform: Sequence[tuple[int, float]]) -> tuple[int, int, str]:
+    """Where a point's label goes, and which of its ends is near: away from the line of one rank for all."""
+    if choice.way == "noise edge":
+        return 0, 11, "center"
+    at_least = max((energy for nbytes, energy in uniform if nbytes <= choice.nbytes), default=0.0)
+    below = choice.way == "fixed rank" or choice.energy < at_least
+    return (6, -11, "left") if below else (-6, 7, "right")
 
 
 def _marks(points: Sequence[object]) -> Mapping[str, Any]:

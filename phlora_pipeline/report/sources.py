@@ -1,4 +1,4 @@
-"""From what a user names to manifests: a Parquet file, an adapter's folder, or a whole zoo's output."""
+"""From what a user names to manifests: a Parquet file, an adapter's folder, a folder of adapters, or a whole zoo's output."""
 
 from __future__ import annotations
 
@@ -63,12 +63,24 @@ def _at(url: str) -> list[Source]:
         return [_named(inside)]
     dataset = url if storage.basename(url) == layout.DATASET else storage.join(url, layout.DATASET)
     tables = [info for info in storage.list_tree(dataset) if _IN_DATASET.search(info.url)]
+    if not tables and (inside := _side_by_side(url)):
+        return inside
     if not tables:
         raise NotFoundError(
             f"there is no manifest at {url}",
-            remedy="give an energy.parquet, an adapter's folder, or the output of a zoo",
+            remedy="give an energy.parquet, an adapter's folder, a folder of adapters, or the output of a zoo",
         )
     return _served(dataset.rpartition("/")[0], tables)
+
+
+def _side_by_side(url: str) -> list[Source]:
+    """Adapters in a folder, as `--rank 16,32,64` writes them: r16 before r128."""
+    inside = (storage.join(folder, layout.MANIFEST) for folder in sorted(storage.list_folders(url), key=_by_number))
+    return [Source(manifest) for manifest in inside if storage.stat(manifest) is not None]
+
+
+def _by_number(url: str) -> list[tuple[str, int]]:
+    return [(text, int(part or 0)) for text, part in re.findall(r"(\D*)(\d*)", storage.basename(url))]
 
 
 def _named(url: str) -> Source:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from phlora_pipeline import cli, manifest, storage
+from phlora_pipeline import cli, manifest, several, storage
 from phlora_pipeline.errors import ConflictError, RequestError
 from phlora_pipeline.report import making, report
 from phlora_pipeline.report.words import MADE_BY
@@ -128,6 +128,17 @@ def test_several_have_a_page_each_and_one_over_all(tmp_path: Path) -> None:
     for link in links:
         assert "../all.html" in page(tmp_path / "out" / link).links
     assert set(files(tmp_path / "out")) == {"all.html", *made.files}
+
+
+def test_a_folder_of_adapters_is_told_side_by_side(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    several.extract(runs.settings(*pair, tmp_path / "out", rank=2), [16, 2, 8], runs.Watcher())
+    made = report([str(tmp_path / "out")], str(tmp_path / "all.html"))
+    assert [name for name in made.files if name.startswith("all/")] == [
+        f"all/tuned-r{rank}.html" for rank in (2, 8, 16)
+    ]
+    told = page(tmp_path / "all.html")
+    assert {f"tuned (r{rank})" for rank in (2, 8, 16)} <= set(told.words)
+    assert "tuned (r2), tuned (r8), tuned (r16)" in (tmp_path / "all-energy.svg").read_text()  # one spectrum, one line
 
 
 def test_a_zoo_is_told_by_the_versions_that_it_serves(tmp_path: Path) -> None:
