@@ -61,10 +61,7 @@ def model_card(
         *_other_rows(plan, rows),
     ]
     if plan.tied:
-        lines += [
-            f"The base ties `{plan.tied[1]}` to `{plan.tied[0]}`; both carry the delta here, which is right while the adapter is *not* merged: a merger that keeps the tie would add it twice. `phlora merge` adds it once.",
-            "",
-        ]
+        lines += both_ends(f"The base ties {code(plan.tied[1])} to {code(plan.tied[0])}")
     return "\n".join(lines)
 
 
@@ -140,6 +137,14 @@ def loading(rules: ServerRules, rank: int, base_name: str, *, own_ranks: bool, c
     if carried:
         lines += ["", "PEFT only: vLLM and llama.cpp refuse, and SGLang drops, what is kept whole beside the factors."]
     return [*lines, ""]
+
+
+def both_ends(tied: str) -> list[str]:
+    """What mergers make of a delta that is on both ends of a tie. `tied`: which are, in words."""
+    return [
+        f"{tied}; both carry the delta here, which is right while the adapter is *not* merged: a merger that keeps the tie, as PEFT's, adds it twice. `phlora merge` adds it once.",
+        "",
+    ]
 
 
 def _other_rows(plan: Plan, rows: Sequence[EnergyRow]) -> list[str]:

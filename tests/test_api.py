@@ -52,7 +52,6 @@ WRONG: dict[str, tuple[Call, type[PhloraError], str]] = {
     "compress, none": (lambda at, out: api.compress(f"{at}/r9", out, rank=4), NotFoundError, "/r9"),
     "merge, another base": (lambda at, out: api.merge(f"{at}/short", [f"{at}/r8"], out), RequestError, "the base has no"),
     "merge, a weight": (lambda at, out: api.merge(f"{at}/base", [(f"{at}/r8", math.nan)], out), RequestError, "nan"),
-    "merge, no adapter": (lambda at, out: api.merge(f"{at}/base", [], out), RequestError, "no adapter"),
     "merge, in the base": (lambda at, out: api.merge(f"{at}/base", [f"{at}/r8"], f"{at}/base/out"), ConflictError, "lie in one another"),
     "verify": (lambda at, out: api.verify(f"{at}/base", f"{at}/tuned", f"{at}/base"), RequestError, "adapter_config.json"),
     "report, no manifest": (lambda at, out: api.report([f"{at}/base"], out + ".md", form="md"), PhloraError, "base"),

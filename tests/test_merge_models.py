@@ -2,7 +2,10 @@
 
 What the tests assert, entry by entry. Let t be the fine-tune's weight in its dtype, and e what float32 loses on the way from
 it to the factors and back: the merged weight is round(t + e). Since t itself is a number of that dtype and rounding goes to the
-nearest one, |merged − t| ≤ 2|e|; and merged = t wherever |e| is under a quarter of t's ulp. In bf16 that is nearly everywhere.
+nearest one, |merged − t| ≤ 2|e|; and merged = t wherever |e| is under a quarter of t's ulp. With |e| ≤ 1e-6 of the largest
+entry, "to one rounding of its dtype" means: in 16 bits every entry above a thousandth (bf16) or a hundredth (fp16) of the largest
+is the fine-tune's bit for bit, and those below are within 2e-6 of the largest. In float32 no entry need be: e is the rounding of
+the factors themselves, several ulps of the largest entry, and no float32 factors hold more.
 """
 
 from __future__ import annotations
@@ -120,6 +123,21 @@ def test_it_is_what_peft_merges(name: str, stacked: bool, tmp_path: Path) -> Non
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         assert torch.allclose(ours[key], value, rtol=1e-5, atol=1e-5), key
+
+
+def test_a_tied_update_is_added_once_and_by_peft_twice(tmp_path: Path) -> None:
+    """As the adapter's card says."""
+    base = models.MODELS["llama-tied"]()
+    folders = [models.save(model, tmp_path / side) for side, model in (("base", base), ("tuned", models.moved(base, where=weights)))]  # fmt: skip
+    runs.extract(*folders, tmp_path / "adapter", rank=FULL, dialect="peft")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "a merger that keeps the tie, as PEFT's, adds it twice. `phlora merge` adds it once." in card
+    merged(folders[0], tmp_path / "adapter", out=tmp_path / "merged")
+    name = "model.embed_tokens.weight"
+    before, after, ours = (tensors_of(folder)[name] for folder in (*folders, tmp_path / "merged"))
+    assert torch.allclose(ours, after, atol=1e-5)
+    theirs = models.adapted(base, tmp_path / "adapter").merge_and_unload().state_dict()[name]
+    assert torch.allclose(theirs, 2 * after - before, atol=1e-5)
 
 
 ATTENTION = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}

@@ -73,10 +73,13 @@ def pick_dtype(asked: str, pairs: Sequence[TensorPair]) -> str:
 
     A checkpoint of several dtypes counts as that of most of its adapted entries.
     """
-    if asked != "auto":
-        return asked
+    return asked if asked != "auto" else dtype_of_most((pair.tuned.dtype, pair.numel) for pair in pairs)
+
+
+def dtype_of_most(tensors: Iterable[tuple[str, int]]) -> str:
+    """What most of the entries are stored in, of these dtypes and numbers of entries: float32 unless that has 16 bits."""
     entries: dict[str, int] = {}
-    for pair in pairs:
-        entries[pair.tuned.dtype] = entries.get(pair.tuned.dtype, 0) + pair.numel
+    for dtype, numel in tensors:
+        entries[dtype] = entries.get(dtype, 0) + numel
     most = max(sorted(entries), key=lambda name: entries[name])
     return {"BF16": "bfloat16", "F16": "float16"}.get(most, "float32")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from phlora_pipeline import targets
-from phlora_pipeline.card import code, front_matter, loading
+from phlora_pipeline.card import both_ends, code, front_matter, loading
 from phlora_pipeline.lora import Adapter
 from phlora_pipeline.manifest import EnergyRow
 from phlora_pipeline.summary import percent, summarize
@@ -59,7 +59,4 @@ def _both_ends(lora: Adapter) -> list[str]:
     outputs = [name for name in lora.modules if targets.kind_of(f"{name}.weight", (1, 1)) == "lm_head"]
     if not inputs or not outputs:
         return []
-    return [
-        f"If the base ties {code(outputs[0])} to {code(inputs[0])}, both carrying the update is right while the adapter is *not* merged: a merger that keeps the tie would add it twice. `phlora merge` adds it once.",
-        "",
-    ]
+    return both_ends(f"The base may tie {code(outputs[0])} to {code(inputs[0])}")

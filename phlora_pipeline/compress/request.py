@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from phlora_pipeline import lora, storage, targets
+from phlora_pipeline import adapter, lora, storage, targets
 from phlora_pipeline.compress.choice import checked
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.lora import Adapter
@@ -81,9 +81,5 @@ def _require_no_groups(opened: Adapter) -> None:
 
 def _dtype(opened: Adapter, asked: str) -> str:
     """What was asked for, or for `auto` that of most of its entries."""
-    if asked != "auto":
-        return asked
-    entries: dict[str, int] = {}
-    for module in opened.modules.values():
-        entries[module.A.dtype] = entries.get(module.A.dtype, 0) + module.numel
-    return {"BF16": "bfloat16", "F16": "float16"}.get(max(sorted(entries), key=lambda name: entries[name]), "float32")
+    of_factors = ((module.A.dtype, module.numel) for module in opened.modules.values())
+    return asked if asked != "auto" else adapter.dtype_of_most(of_factors)

@@ -80,7 +80,7 @@ def open_adapter(url: str) -> Adapter:
     if not found.modules and not found.problems:
         found.problems.append("it holds no pair of factors")
     if found.problems:
-        raise CheckpointError(f"{url}: {_listed(found.problems)}", remedy="download it, or save it, again")
+        raise CheckpointError(f"{url}: {listed(found.problems)}", remedy="download it, or save it, again")
     return Adapter(
         url,
         weights.url,
@@ -162,7 +162,8 @@ def _refusal(url: str, why: str) -> CheckpointError:
     )
 
 
-def _listed(problems: list[str]) -> str:
+def listed(problems: list[str]) -> str:
+    """In words: the first few."""
     more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
     return "; ".join([*problems[:_SHOWN], *more])
 

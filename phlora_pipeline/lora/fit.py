@@ -11,10 +11,9 @@ from torch import Tensor
 from phlora_pipeline import convolutions, experts, names, targets
 from phlora_pipeline.checkpoint import Checkpoint, TensorRef
 from phlora_pipeline.errors import RequestError
-from phlora_pipeline.lora.files import Adapter
+from phlora_pipeline.lora.files import Adapter, listed
 from phlora_pipeline.lora.modules import LoraModule, Whole
 
-_SHOWN = 5
 _KOHYA_PREFIX = re.compile(r"^lora_(unet|te\d?)_")
 _EXPERTS = re.compile(r"(?P<block>.+)\.experts\.(?P<leaf>gate_up_proj|down_proj)")
 
@@ -115,12 +114,9 @@ def fit(lora: Adapter, base: Checkpoint) -> Fit:
             else:
                 deltas[place.tensor.name] = Delta(place.tensor, module, turned, place.expert, place.first)
     if problems:
-        shown = "; ".join(problems[:_SHOWN]) + (
-            f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        )
         fitting = len({delta.module.name for delta in deltas.values()}) + (tied is not None)
         raise RequestError(
-            f"{lora.url} is not an adapter of {base.url}: {fitting} of its {len(lora.modules)} modules fit; {shown}",
+            f"{lora.url} is not an adapter of {base.url}: {fitting} of its {len(lora.modules)} modules fit; {listed(problems)}",
             remedy=f"give the base that it was trained on{f', {lora.base_name}' if lora.base_name else ''}",
         )
     biases = {

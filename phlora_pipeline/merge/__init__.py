@@ -130,8 +130,6 @@ def merge(
     out = storage.normalize(out)
     observer = observer or _Silent()
     adapters = [adapters] if isinstance(adapters, str) else adapters
-    if not adapters:
-        raise RequestError("no adapter is given", remedy="give at least one, or copy the base")
     weighted = [(each, 1.0) if isinstance(each, str) else each for each in adapters]
     loras = [Weighted(lora.open_adapter(url), weight) for url, weight in weighted]
     prepared = prepare(base, loras, out, dtype=dtype, overwrite=overwrite)
