@@ -132,6 +132,9 @@ def test_ranks_are_pefts_multiples_of_the_groups(pair: tuple[Net, Net, Path, Pat
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["rank_pattern"] == config["alpha_pattern"] == {"^line": 4, "^many": 4, "^image": 6, "^volume": 6}
     assert runs.rows(tmp_path / "out")["image.group_1_of_2.weight"].rank == 3
+    said = pipeline.plan(runs.settings(*folders, tmp_path / "out", rank=5, dialect="peft", conv_groups=SAID)).outlook()
+    written = runs.extract(*folders, tmp_path / "r5", rank=5, dialect="peft", conv_groups=SAID)
+    assert (said.file_bytes, said.natural_bytes) == (written.adapter_bytes, written.natural_bytes)
 
 
 def test_a_share_of_the_energy_is_kept_in_every_group(pair: tuple[Net, Net, Path, Path], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -148,6 +148,41 @@ def test_two_adapters_of_gpt_oss_live_in_one_model(tmp_path: Path) -> None:
     for name, pair in zip(("default", "second"), pairs, strict=True):
         model.set_adapter(name)
         assert models.distance(models.outputs(model), models.outputs(pair.tuned)) < 1e-4
+
+
+@pytest.mark.parametrize("ranks", [{"rank": FULL}, {"rank": "auto"}, {"budget": "400KB"}])
+@pytest.mark.parametrize("leaf", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("name", STACKED)
+def test_one_parameter_of_the_two_changed(
+    name: str, leaf: str, ranks: dict[str, object], make_pair: MakePair, tmp_path: Path
+) -> None:
+    """PEFT wraps the experts once for each parameter, so that the path of the one depends on the other's."""
+    pair, out = make_pair(name, lambda key, _: key.endswith(f"experts.{leaf}")), tmp_path / "out"
+    result = runs.extract(pair.base_folder, pair.tuned_folder, out, dialect="peft", **ranks)
+    assert (out / "adapter_model.safetensors").stat().st_size == result.adapter_bytes
+    assert_is_the_fine_tune(pair.base, pair, out)
+
+
+def test_verify_names_the_expert_that_is_off_and_the_parameter_that_is_missing(
+    make_pair: MakePair, tmp_path: Path
+) -> None:
+    pair, out = make_pair("gpt-oss", weights), tmp_path / "out"
+    runs.extract(pair.base_folder, pair.tuned_folder, out, rank=8, dialect="peft")
+    path, experts = out / "adapter_model.safetensors", "model.layers.0.mlp.experts"
+    tensors = load_file(path)
+    tensors[f"base_model.model.{experts}.lora_A.weight"][8:16] *= 2
+    for side in "AB":
+        del tensors[f"base_model.model.{experts.replace('0', '1')}.base_layer.lora_{side}.weight"]
+    path.unlink()
+    save_file(tensors, path)
+    found = verify(str(pair.base_folder), str(pair.tuned_folder), str(out))
+    assert [check.module for check in found.modules if check.problem] == [f"{experts}.1.down_proj"]
+    missing = "model.layers.1.mlp.experts.{}.gate_up_proj"
+    for expert in range(4):
+        assert (
+            f"the manifest says {missing.format(expert)} is adapted, but the file has no pair for it" in found.problems
+        )
+        assert f"the config names {missing.format(expert)}, which has no pair in the file" in found.problems
 
 
 def test_biases_of_experts_are_told_and_are_the_whole_difference(make_pair: MakePair, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ class TestWeights:
         edit_weights(zoo, rename)
         problems = "\n".join(check(zoo).problems)
         assert "model.layers.9.self_attn.q_proj is no module of the base" in problems
-        assert f"target_modules names {Q1}, which has no pair" in problems
+        assert f"the config names {Q1}, which has no pair" in problems
         assert f"the manifest says {Q1} is adapted, but the file has no pair" in problems
 
     def test_a_key_in_the_form_of_another_library(self, zoo: Path) -> None:

@@ -29,7 +29,7 @@ def key_problems(pairs: Mapping[str, Pair], config: Mapping[str, Any], base: Che
             yield f"{module} is no module of the base: loaders would drop it without a word"
     for module in sorted(modules - set(pairs)):
         if _matched(convolutions.whole_of(module), wanted) or _matched(experts.parameter_of(module), parameters):
-            yield f"target_modules names {module}, which has no pair in the file"
+            yield f"the config names {module}, which has no pair in the file"
 
 
 def broken_promises(pairs: Mapping[str, Pair], promised: Mapping[str, EnergyRow]) -> Iterator[str]:
