@@ -24,7 +24,7 @@ PAIR = {"base": "/models/base", "tuned": "/models/tuned", "out": "/adapters/a"}
         ({"rank": -1}, "rank must be between 1 and 512, got -1"),
         ({"rank": MAX_RANK + 1}, "rank must be between 1 and 512, got 513"),
         ({"rank": "many"}, "rank must be between 1 and 512, or auto, got 'many'"),
-        ({"rank": 2.5}, "rank: "),
+        ({"rank": 2.5}, "rank must be between 1 and 512, or auto, got"),
         ({"rank": 32, "max_rank": 16}, "max_rank must be between rank (32) and 512, got 16"),
         ({"rank": 32, "max_rank": 513}, "got 513"),
         ({"rank": 32, "max_rank": -1}, "got -1"),
