@@ -56,6 +56,7 @@ LAYERS = [
         "driver",
         "merge",
         "reducer",
+        "rows",
         "runlog",
         "verify",
         "logits",

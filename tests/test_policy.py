@@ -180,7 +180,10 @@ def test_what_is_tied_is_paid_twice(tmp_path: Path) -> None:
     del base["lm_head.weight"]
     config = {**toys.LLAMA, "tie_word_embeddings": True}
     folders = toys.save(tmp_path / "base", base, config), toys.save(tmp_path / "tuned", toys.fine_tuned(base), config)
-    runs.extract(*folders, tmp_path / "out", budget="20kB", dialect="peft", max_rank=32)
+    result = runs.extract(*folders, tmp_path / "out", budget="20kB", dialect="peft", max_rank=32)
+    found = verify(str(folders[0]), str(folders[1]), str(tmp_path / "out"))
+    assert found.passed
+    assert found.written_energy == pytest.approx(result.summary.written_energy, abs=1e-6)  # what is tied counts once
     assert 19_000 < weights(tmp_path / "out") <= 20_000
     keys = load_file(tmp_path / "out" / "adapter_model.safetensors").keys()
     assert {key for key in keys if "lm_head" in key}

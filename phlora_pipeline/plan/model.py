@@ -6,7 +6,7 @@ pairs are refused here, before a tensor is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 from phlora_pipeline import lowrank, targets
@@ -14,11 +14,19 @@ from phlora_pipeline.carry import Carry, Place
 from phlora_pipeline.checkpoint import Checkpoint
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.plan.blocks import BLOCK_BYTES, TensorPair, digest_of, make_blocks
-from phlora_pipeline.plan.choice import choose, keep_whole, multimodal, of_convolutions, pair_up, some, tied_modules
+from phlora_pipeline.plan.checks import (
+    nothing_matches,
+    one_rank_for_all,
+    require_names_apart,
+    require_same_model,
+    require_served,
+    shares_a_rank,
+    warnings_about,
+)
+from phlora_pipeline.plan.choice import choose, keep_whole, multimodal, of_convolutions, pair_up, tied_modules
 from phlora_pipeline.plan.tasks import Member, Task, largest_first
-from phlora_pipeline.quantised import FP8
 from phlora_pipeline.ranks import FIXED, Policy
-from phlora_pipeline.targets import Dialect, Selection, ServerRules
+from phlora_pipeline.targets import Dialect, Selection
 
 NUMERICS_REVISION = 3
 """Raised when results change, so that an upgrade recomputes a zoo only where it must."""
@@ -163,9 +171,9 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
     Raises:
         RequestError: different architectures, shapes that differ, or nothing to adapt: nothing has been read.
     """
-    _require_same_model(base, tuned)
+    require_same_model(base, tuned)
     rules = targets.server_rules(tuned.model_type or base.model_type, settings.dialect)
-    _require_served(settings.rank, rules)
+    require_served(settings.rank, rules)
     pairs, unread = pair_up(base, tuned, settings.selection)
     tied = tied_modules(tuned if tuned.config else base, pairs)
     chosen, left_out = choose(pairs, settings.selection, rules, tied, multimodal=multimodal(base, tuned))
@@ -173,12 +181,12 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
     if settings.carry == "all":
         chosen, left_out, carried = keep_whole(chosen, left_out, tuned.tensors, settings.selection)
     if not chosen:
-        raise _nothing_matches(left_out, unread)
-    per_tensor = settings.policy.chooses and rules.per_tensor_ranks and not _shares_a_rank(chosen, settings.policy)
+        raise nothing_matches(left_out, unread)
+    per_tensor = settings.policy.chooses and rules.per_tensor_ranks and not shares_a_rank(chosen, settings.policy)
     grid = () if per_tensor else rules.rank_grid
     reached = {pair.module for pair in chosen} | {targets.module_of(name) for name in carried}
     if rules.unets_only:
-        _require_names_apart(chosen)
+        require_names_apart(chosen)
     extraction_id = digest_of(
         {
             "base": base.fingerprint, "tuned": tuned.fingerprint, "factor": sorted(pair.name for pair in chosen),
@@ -229,8 +237,10 @@ def make_plan(base: Checkpoint, tuned: Checkpoint, settings: PlanSettings) -> Pl
         per_tensor_ranks=per_tensor,
         policy=settings.policy,
         warnings=(
-            *_one_rank_for_all(settings.policy, rules, per_tensor=per_tensor),
-            *_warnings(base, tuned, settings, written, pairs),
+            *one_rank_for_all(settings.policy, rules, per_tensor=per_tensor),
+            *warnings_about(
+                base, tuned, pairs, rank=settings.rank, written=settings.rank if settings.policy.chooses else written
+            ),
             *of_convolutions(chosen, tuned.config or base.config),
         ),
     )
@@ -253,99 +263,3 @@ def require_fits(plan: Plan, memory_bytes: int | None) -> None:
         f"it cannot fit: a worker needs {plan.worker_bytes / 2**30:.1f} GiB, {memory_bytes / 2**30:.1f} GiB are there; the largest block is {names} of shape {list(largest.block.shape)}",
         remedy="run it on a larger machine, with fewer workers, or leave the tensor out: --exclude",
     )
-
-
-def _require_same_model(base: Checkpoint, tuned: Checkpoint) -> None:
-    common = base.tensors.keys() & tuned.tensors.keys()
-    told = (
-        f"{len(common)} of the fine-tune's {len(tuned.tensors)} tensor names are in the base, which has {len(base.tensors)}"
-        f" (only in the base: {some(base.tensors.keys() - common)}; only in the fine-tune: {some(tuned.tensors.keys() - common)})"
-    )
-    if base.model_type and tuned.model_type and base.model_type != tuned.model_type:
-        raise RequestError(
-            f"different architectures: the base is {base.model_type!r}, the fine-tune {tuned.model_type!r}; {told}",
-            remedy="give the base that this model was fine-tuned from",
-        )
-    if 2 * len(common) < len(tuned.tensors) or not common:
-        raise RequestError(
-            f"different architectures: {told}",
-            remedy="give the base that this model was fine-tuned from, saved by the same library",
-        )
-
-
-def _require_served(rank: int, rules: ServerRules) -> None:
-    if rules.unets_only and rules.model_type:
-        raise RequestError(
-            f"--for {rules.dialect} is for the UNets of diffusion models, this is a transformers model of type {rules.model_type!r}",
-            remedy="use --for portable, or --for peft",
-        )
-    if rules.max_rank is not None and rank > rules.max_rank:
-        raise RequestError(
-            f"rank {rank} is more than the {rules.max_rank} that servers of --for {rules.dialect} take",
-            remedy=f"ask for at most {rules.max_rank}",
-        )
-
-
-def _shares_a_rank(chosen: Sequence[TensorPair], policy: Policy) -> bool:
-    """Experts and routers keep the adapter's rank: a budget would pay the largest rank for all of them."""
-    return policy.budget is not None and any(pair.kind in {"expert", "router"} for pair in chosen)
-
-
-def _one_rank_for_all(policy: Policy, rules: ServerRules, *, per_tensor: bool) -> Iterator[str]:
-    """Where ranks are chosen, and cannot be written as chosen."""
-    if not policy.chooses or per_tensor:
-        return
-    who = f"--for {rules.dialect} has one rank for all tensors"
-    if rules.per_tensor_ranks:
-        yield "experts share one rank: within this budget all tensors have the largest rank that fits"
-    elif policy.budget is not None:
-        yield f"{who}: it will be the largest that fits the budget; --for peft and --for vllm spend it where it keeps most"
-    else:
-        yield f"{who}: each is zero-padded to the largest; --for peft and --for vllm write each at its own"
-
-
-def _require_names_apart(chosen: Sequence[TensorPair]) -> None:
-    """Two modules may differ by a dot where kohya's names have the same underscore."""
-    names: dict[str, str] = {}
-    for pair in chosen:
-        other = names.setdefault(pair.module.replace(".", "_"), pair.module)
-        if other != pair.module:
-            raise RequestError(
-                f"{other} and {pair.module} are both {pair.module.replace('.', '_')} in kohya's names",
-                remedy="leave one of them out: --exclude 'GLOB'",
-            )
-
-
-def _nothing_matches(left_out: Mapping[str, str], unread: Mapping[str, str]) -> RequestError:
-    reasons: dict[str, int] = {}
-    for reason in (*left_out.values(), *unread.values()):
-        reasons[reason] = reasons.get(reason, 0) + 1
-    most = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:4]
-    told = "; ".join(f"{count} × {reason}" for reason, count in most)
-    return RequestError(
-        f"nothing to adapt: no tensor is a target ({told})",
-        remedy="look at phlora plan, and change --targets, --include, --exclude or --for",
-    )
-
-
-def _warnings(
-    base: Checkpoint, tuned: Checkpoint, settings: PlanSettings, written: int, pairs: Sequence[TensorPair]
-) -> Iterable[str]:
-    if tuned.matched:
-        yield tuned.matched
-    coarse = sum(bool({pair.base.dtype, pair.tuned.dtype} & FP8) for pair in pairs)
-    if coarse:
-        yield f"{coarse} tensors are stored in fp8: its rounding, 2 to 5 % of each weight, is part of the difference; checkpoints in bf16 make a better adapter, where there are any"
-    missing = sorted(set(base.tensors) - set(tuned.tensors))
-    if missing:
-        yield f"{len(missing)} tensors of the base are not in the fine-tune: {some(missing)}"
-    if written != settings.rank and not settings.policy.chooses:
-        yield f"rank {settings.rank} is written as {written}, zero-padded: the next rank that servers compute with"
-    if _has_head(tuned, base) and any("." not in pair.module for pair in pairs if pair.kind == "embedding"):
-        yield "the tensors' names lack the prefix that they have in memory under the model's head: loaders will find no module; save the whole model by save_pretrained first"
-    if multimodal(base, tuned):
-        yield "a multimodal model: only its language model is adapted, and loaders may know that by other names; see that your loader reports no unexpected keys"
-
-
-def _has_head(*sides: Checkpoint) -> bool:
-    return any("For" in name or "LMHead" in name for side in sides for name in side.architectures)

@@ -45,9 +45,10 @@ def check(
     tolerance: float,
     device: torch.device,
 ) -> tuple[ModuleCheck, float, float]:
-    """The check, the energy that the pair keeps, and that of the module's ΔW."""
+    """The check, the energy that the pair keeps, and that of the module's ΔW; a tied output's counts with its input."""
     name = f"{module}.weight"
-    if name not in base.tensors:  # a tied output has no tensor of its own: its input has the delta, and the promise
+    repeats = name not in base.tensors
+    if repeats:  # a tied output has no tensor of its own: its input has the delta, and the promise
         name = next(
             (
                 other
@@ -82,7 +83,8 @@ def check(
     left = float(lowrank.sum_of_squares(delta.addmm_(*product, alpha=-scale)))
     energy = 1 - left / total if total else None
     word = row.written_energy if row else None
-    return ModuleCheck(module, energy, word, _energy_problem(energy, left, word, tolerance)), total - left, total
+    found = ModuleCheck(module, energy, word, _energy_problem(energy, left, word, tolerance))
+    return (found, 0.0, 0.0) if repeats else (found, total - left, total)
 
 
 def _unmeasured(module: str, problem: str) -> tuple[ModuleCheck, float, float]:
