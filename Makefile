@@ -14,7 +14,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run test test-servers check chaos bench image format clean install
+.PHONY: run test test-tools test-servers check chaos bench image format clean install
 
 run: $(STAMP)  ## the main job on real weights: prepare a demo zoo, extract, verify, score
 	$(BIN)/python -m jobs.demo
@@ -22,6 +22,9 @@ run: $(STAMP)  ## the main job on real weights: prepare a demo zoo, extract, ver
 test: $(STAMP)  ## every test, the fast ones first
 	$(BIN)/python -m pytest -m "not slow and not servers"
 	$(BIN)/python -m pytest -m "slow"
+
+test-tools:  ## Debian's chromium and prometheus, without which their tests are skipped; nothing where that cannot be done
+	@tests/tools.sh chromium prometheus
 
 test-servers: $(SERVERS_STAMP)  ## our adapters in real servers: vLLM, llama.cpp, PEFT's batches (6 GB the first time; a quarter of an hour)
 	$(BIN)/python -m pytest -m servers tests/servers

@@ -62,6 +62,7 @@ def model_page(report: ModelReport, *, stem: str = "", up: str = "") -> Drawn:
     known = bool(report.curve.ranks)
     only = report.ranks[0] if report.ranks and report.ranks[0] == report.ranks[1] else None
     ranks_differ = maps.ranks_differ(report.grid)
+    needed_known = any(cell and cell.needed for line in report.grid.cells for cell in line)
     made: dict[str, tuple[Callable[[], Figure], str]] = {}
     if known:
         made["energy"] = (
@@ -75,7 +76,7 @@ def model_page(report: ModelReport, *, stem: str = "", up: str = "") -> Drawn:
     if any(cell and cell.energy is not None for line in report.grid.cells for cell in line):
         made["grid"] = (
             lambda: maps.grid_figure(report.grid),
-            f"Layers from left to right, projections from top to bottom; a dot: not adapted{'' if ranks_differ else '; > : more than what is known'}. Experts of a layer are taken together.",
+            f"Layers from left to right, projections from top to bottom; a dot: not adapted{'; > : more than what is known' if needed_known and not ranks_differ else ''}. Experts of a layer are taken together.",
         )
     if report.spectra:
         made["spectra"] = (
@@ -92,7 +93,7 @@ def model_page(report: ModelReport, *, stem: str = "", up: str = "") -> Drawn:
         shares=_shares(report),
         ranks_differ=ranks_differ,
         goal=percent(GOAL, 0),
-        needed_known=any(cell and cell.needed for line in report.grid.cells for cell in line),
+        needed_known=needed_known,
         has_edge=any(spectrum.edge is not None for spectrum in report.spectra),
         spectrum_places=[n for n in _SPECTRUM_PLACES if any(n <= len(one.values) for one in report.spectra)],
         most_lines=MOST_LINES,

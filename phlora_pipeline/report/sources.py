@@ -63,8 +63,8 @@ def _at(url: str) -> list[Source]:
         return [_named(inside)]
     dataset = url if storage.basename(url) == layout.DATASET else storage.join(url, layout.DATASET)
     tables = [info for info in storage.list_tree(dataset) if _IN_DATASET.search(info.url)]
-    if not tables and (inside := _side_by_side(url)):
-        return inside
+    if not tables and (adapters := _side_by_side(url)):
+        return adapters
     if not tables:
         raise NotFoundError(
             f"there is no manifest at {url}",
