@@ -94,7 +94,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     ),
     "noise_edge": (
         "double",
-        "singular values up to it are that rounding, by which --rank auto goes; infinite where so few entries differ that all may be",
+        "singular values up to it are that rounding, by which --rank auto goes",
     ),
     "singular_values": ("list<float>", "of the update, descending, up to max_rank of them"),
     "energy_at": ("map<int32, double>", "E_r at ranks 8 to 512; null above max_rank"),

@@ -63,7 +63,7 @@ def choose(plan: Plan, results: Mapping[str, TensorResult], draft: Draft, dtype:
     elif plan.policy.energy is not None:
         found = {name: one.most for name, one in spectra.items()}  # the solver stopped where it was enough
     else:
-        shares = {pair.name: _share(plan, pair.module, plan.rank) for pair in plan.adapted}
+        shares = {pair.name: _of_each(plan, pair.module, plan.rank) for pair in plan.adapted}
         found = {name: ranks.fixed(one, shares[name]) for name, one in spectra.items()}
     own = {name: rank for name, rank in found.items() if rank}
     warnings = tuple(_warnings(plan, results, found))
@@ -113,7 +113,7 @@ def outlook(plan: Plan, draft: Draft, dtype: str) -> Outlook:
     """The file at one rank for all."""
 
     def layout(rank: int, made: Plan = plan) -> Layout:
-        return draft(made, {pair.name: min(_share(plan, pair.module, rank), *pair.shape) for pair in plan.adapted})
+        return draft(made, {pair.name: min(_of_each(plan, pair.module, rank), *pair.shape) for pair in plan.adapted})
 
     rank, budget = plan.rank, plan.policy.budget
     if budget is not None:
@@ -132,7 +132,7 @@ def outlook(plan: Plan, draft: Draft, dtype: str) -> Outlook:
     return Outlook(rank, written, natural, smallest, most)
 
 
-def _share(plan: Plan, module: str, rank: int) -> int:
+def _of_each(plan: Plan, module: str, rank: int) -> int:
     """What a matrix has of a rank: that which is asked for a convolution is shared by its groups, a chosen one is each's own."""
     return rank if plan.policy.chooses else convolutions.rank_of_one(module, rank)
 

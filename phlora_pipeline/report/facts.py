@@ -77,7 +77,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """Singular values of one tensor's update, the share of ‖ΔW‖² that lies in it, and the noise edge where it is known: infinite where all may be noise."""
+    """Singular values of one tensor's update, the share of ‖ΔW‖² that lies in it, and the noise edge where it is known."""
 
     tensor: str
     values: tuple[float, ...]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,7 +96,6 @@ def model_page(report: ModelReport, *, stem: str = "", up: str = "") -> Drawn:
         has_edge=any(spectrum.edge is not None for spectrum in report.spectra),
         spectrum_places=[n for n in _SPECTRUM_PLACES if any(n <= len(one.values) for one in report.spectra)],
         most_lines=MOST_LINES,
-        inf=math.inf,
     )  # fmt: skip
     return Drawn(html, files)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -186,7 +185,7 @@ def _legend(axes: Axes, *, low: bool) -> None:
 def _edge(spectrum: Spectrum) -> float | None:
     """Where it can be drawn without much empty room: not where all is noise, nor far below what is known."""
     least = min(value for value in spectrum.values if value > 0)
-    return spectrum.edge if spectrum.edge and least / 10 < spectrum.edge < math.inf else None
+    return spectrum.edge if spectrum.edge and least / 10 < spectrum.edge else None
 
 
 def _rises_early(shares: Sequence[float]) -> bool:
