@@ -118,3 +118,16 @@ def _mean(rows: Sequence[EnergyRow], shares: Sequence[float | None]) -> float | 
     if not total or any(share is None for share in shares):
         return None
     return math.fsum(_squared(row) * (share or 0.0) for row, share in zip(rows, shares, strict=True)) / total
+
+
+def span(value: float) -> str:
+    """A time as people say it.
+
+    >>> [span(value) for value in (0.0042, 7.31, 95, 7300)]
+    ['4 ms', '7.3 s', '1.6 min', '2.0 h']
+    """
+    if value < 1:
+        return f"{1e3 * value:.0f} ms"
+    if value < 90:
+        return f"{value:.1f} s"
+    return f"{value / 60:.1f} min" if value < 5400 else f"{value / 3600:.1f} h"

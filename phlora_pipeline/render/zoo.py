@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from phlora_pipeline.render.text import line, table
-from phlora_pipeline.summary import percent, size
+from phlora_pipeline.summary import percent, size, span
 
 if TYPE_CHECKING:  # torch comes with them
     from phlora_pipeline.zoo.forecast import Forecast
@@ -59,7 +59,7 @@ def show_forecast(forecast: Forecast) -> None:
                 "is there already" if model.stands else str(model.tensors),
                 size(model.tuned_bytes),
                 size(model.adapter_bytes),
-                *(_span(model.seconds[solver]) for solver in ("auto", "exact")),
+                *(span(model.seconds[solver]) for solver in ("auto", "exact")),
             )
             for model in forecast.models
         ),
@@ -73,7 +73,7 @@ def show_forecast(forecast: Forecast) -> None:
     for solver, seconds in forecast.seconds.items():
         price = f", costs {forecast.cost[solver]:.2f}" if solver in forecast.cost else ""
         line(
-            f"  solver {solver}: {_span(seconds)}{price}; {_span(forecast.compute_seconds[solver])} of one worker's time to compute"
+            f"  solver {solver}: {span(seconds)}{price}; {span(forecast.compute_seconds[solver])} of one worker's time to compute"
         )
     if forecast.gpu_memory:
         line(f"a GPU of {size(forecast.gpu_memory)}: the largest tensor takes {size(forecast.gpu_bytes)}")
@@ -81,19 +81,6 @@ def show_forecast(forecast: Forecast) -> None:
         line(
             f"warning: {name} would take {size(needed)}, and does not fit: it is formed slice by slice, or on the processor, and takes longer than is told here"
         )
-
-
-def _span(seconds: float) -> str:
-    """A time as people say it.
-
-    >>> [_span(value) for value in (0.0042, 7.31, 95, 7300)]
-    ['4 ms', '7.3 s', '1.6 min', '2.0 h']
-    """
-    if seconds < 1:
-        return f"{1e3 * seconds:.0f} ms"
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

@@ -22,8 +22,8 @@ from phlora_pipeline.report.entry import Entry
 from phlora_pipeline.report.facts import ModelReport
 from phlora_pipeline.report.grid import GOAL
 from phlora_pipeline.report.palette import stylesheet
-from phlora_pipeline.report.words import MADE_BY, bound, counted, ranks_told, seconds, short, shown, verdict, words
-from phlora_pipeline.summary import percent, size
+from phlora_pipeline.report.words import MADE_BY, bound, counted, ranks_told, short, shown, verdict, words
+from phlora_pipeline.summary import percent, size, span
 
 MOST_LINES = 2000
 """Tensors in a page's table."""
@@ -211,7 +211,7 @@ def _environment() -> Environment:
     )
     made.filters |= {
         "percent": percent, "size": size, "shown": shown, "short": short, "ranks": ranks_told, "bound": bound,
-        "seconds": seconds, "words": words, "counted": counted, "columns": _columns,
+        "span": span, "words": words, "counted": counted, "columns": _columns,
     }  # fmt: skip
     return made
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from phlora_pipeline import __version__
 from phlora_pipeline.report.facts import ModelReport
-from phlora_pipeline.report.words import MADE_BY, bound, ranks_told, seconds, short, shown, verdict, words
-from phlora_pipeline.summary import percent, size
+from phlora_pipeline.report.words import MADE_BY, bound, ranks_told, short, shown, verdict, words
+from phlora_pipeline.summary import percent, size, span
 
 _RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -46,7 +46,7 @@ def _one(report: ModelReport) -> list[str]:
             ("coverage, of ‖ΔW‖²", percent(summary.coverage)),
             ("certificate, worst", bound(report.certificate)),
             *([("rounding noise", percent(report.noise_energy, 2))] if report.noise_energy is not None else []),
-            *([("time", seconds(report.run.seconds)), ("read", size(report.run.read_bytes))] if report.run else []),
+            *([("time", span(report.run.seconds)), ("read", size(report.run.read_bytes))] if report.run else []),
         ],
     )
     curve = report.curve

@@ -74,19 +74,6 @@ def bound(value: float | None) -> str:
     return f"{head}×10{str(power).translate(_RAISED)}"
 
 
-def seconds(value: float) -> str:
-    """A time as people say it.
-
-    >>> [seconds(value) for value in (0.0042, 7.31, 95, 7300)]
-    ['4 ms', '7.3 s', '1.6 min', '2.0 h']
-    """
-    if value < 1:
-        return f"{1e3 * value:.0f} ms"
-    if value < 90:
-        return f"{value:.1f} s"
-    return f"{value / 60:.1f} min" if value < 5400 else f"{value / 3600:.1f} h"
-
-
 def counted(number: int, noun: str) -> str:
     """With its plural.
 
