@@ -13,4 +13,4 @@ import sys
 from phlora_pipeline import cli
 
 if __name__ == "__main__":
-    cli.main(["run", *sys.argv[1:]])
+    cli.command(["run", *sys.argv[1:]])

@@ -9,9 +9,18 @@ import pytest
 import stamina
 import torch
 
+from phlora_pipeline.cli.leaving import leave_with
 from tests import toys
 
 pytest_plugins = ["tests.s3_server"]
+
+_sessions: list[pytest.Session] = []
+leave_with(lambda: int(_sessions[0].exitstatus) if _sessions else None)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """What the process is to tell at its end, in which Ray has often been."""
+    _sessions.append(session)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -20,10 +20,11 @@ import typer
 
 from phlora_pipeline import __version__, render
 from phlora_pipeline.cli import compress, doctor, extraction, merging, report, zoo
+from phlora_pipeline.cli.leaving import leave_with
 from phlora_pipeline.cli.loading import loading as _loading
 from phlora_pipeline.errors import PhloraError
 
-__all__ = ["_loading", "app", "main"]
+__all__ = ["_loading", "app", "command", "main"]
 
 INTERRUPTED = 130
 _ONE, _ZOO, _MORE = "One checkpoint", "A zoo of checkpoints", "Before and after"
@@ -53,6 +54,18 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         render.line(f"phlora-pipeline {__version__}")
         raise typer.Exit
+
+
+def command(arguments: Sequence[str] | None = None) -> None:
+    """`main` as a process of its own, which tells its exit code whatever native libraries do at the end."""
+    ended: list[int] = []
+    leave_with(lambda: ended[0] if ended else None)
+    try:
+        main(arguments)
+    except SystemExit as told:
+        if isinstance(told.code, int):
+            ended.append(told.code)
+        raise
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
