@@ -29,6 +29,7 @@ if __name__ == "__main__":
 import torch
 
 from phlora_pipeline import zoofile
+from phlora_pipeline.cli.leaving import exit_code_kept
 from phlora_pipeline.dispatch import MAX_ATTEMPTS
 from phlora_pipeline.zoo.night import night
 from tests import toys
@@ -255,4 +256,5 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with exit_code_kept():
+        sys.exit(main())

@@ -28,6 +28,16 @@ def test_the_exit_code_is_the_commands(arguments: list[str], code: int) -> None:
     assert ("phlora-pipeline" in ended.stdout) == (code == 0)  # what was printed has been written
 
 
+@pytest.mark.parametrize(("given", "code"), [("", 0), ("4", 4)])
+def test_a_script_keeps_its_code(given: str, code: int) -> None:
+    script = f"""
+from phlora_pipeline.cli.leaving import exit_code_kept
+with exit_code_kept():
+    import ray, sys
+    sys.exit({given})"""
+    assert _run(_ABORTS_AT_EXIT + script).returncode == code
+
+
 def test_handlers_registered_later_have_run() -> None:
     script = (
         "import atexit; from phlora_pipeline.cli.leaving import leave_with; leave_with(lambda: 5); import ray; "

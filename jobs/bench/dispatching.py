@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 from phlora_pipeline import driver
+from phlora_pipeline.cli.leaving import exit_code_kept
 from phlora_pipeline.engine import Reports, Resources
 from phlora_pipeline.extract import TaskReport
 from phlora_pipeline.plan import Task, in_cohorts, make_plan
@@ -120,4 +121,6 @@ def _resident_mib() -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(dispatch(real_tasks(int(sys.argv[1]))))))
+    with exit_code_kept():
+        print(json.dumps(asdict(dispatch(real_tasks(int(sys.argv[1]))))))
+        sys.exit()

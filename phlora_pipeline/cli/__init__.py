@@ -20,7 +20,7 @@ import typer
 
 from phlora_pipeline import __version__, render
 from phlora_pipeline.cli import compress, doctor, extraction, merging, report, zoo
-from phlora_pipeline.cli.leaving import leave_with
+from phlora_pipeline.cli.leaving import exit_code_kept
 from phlora_pipeline.cli.loading import loading as _loading
 from phlora_pipeline.errors import PhloraError
 
@@ -58,14 +58,8 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def command(arguments: Sequence[str] | None = None) -> None:
     """`main` as a process of its own, which tells its exit code whatever native libraries do at the end."""
-    ended: list[int] = []
-    leave_with(lambda: ended[0] if ended else None)
-    try:
+    with exit_code_kept():
         main(arguments)
-    except SystemExit as told:
-        if isinstance(told.code, int):
-            ended.append(told.code)
-        raise
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

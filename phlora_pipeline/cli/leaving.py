@@ -6,7 +6,20 @@ import atexit
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def exit_code_kept() -> Iterator[None]:
+    """Around all that a process does: the code that `sys.exit` gets in it is what the process tells."""
+    ended: list[int] = []
+    leave_with(lambda: ended[0] if ended else None)
+    try:
+        yield
+    except SystemExit as told:
+        if told.code is None or isinstance(told.code, int):
+            ended.append(told.code or 0)
+        raise
 
 
 def leave_with(code: Callable[[], int | None]) -> None:
