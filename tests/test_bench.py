@@ -6,8 +6,10 @@ import doctest
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ from jobs.bench import (
     truth,
 )
 from jobs.bench.measure import BenchError, Cost
-from jobs.bench.settings import QUICK
+from jobs.bench.settings import QUICK, Bench
 
 ROOT = Path(__file__).parent.parent
 SHAPE = (96, 160)
@@ -316,10 +318,16 @@ class TestTable:
             "| from the page cache, r = 32, 1.20 GB | 4.00 s | 2.00 s | 200 ms | 1.00 s | 1.00 s | 2.00 |",
             "| rank | 8 | 16 |\n|---|---|---|\n| wall | 8.00 s | 16.0 s |",
             "| 4096×4096 | 32 | 12.4 s | 200 ms | 62× | 25.00 % | 1 − 1.0e-05 | 3.0e-06 | krylov 160 | 0.9000 (flat) | 31× (flat) | 0.03 |",
-            "| flat | 32 | 400 ms | 31× | 25.00 % | 0.9000 | 2.0e-04 | krylov 160 |",
+            "| 4096×4096 | flat | 32 | 400 ms | 31× | 25.00 % | 0.9000 | 2.0e-04 | krylov 160 |",
             "| 4096×4096 | 32 | scipy svds | 6.20 s (of 5) | 2.0× | 25.00 % | 1 − 1.0e-05 |",
         ):
             assert part in shown
+
+    def test_the_headline_is_the_beginning_of_it(self) -> None:
+        shown = table.headline(RESULTS)
+        assert all(title in shown for title in ("**End to end**", "**Distance to the limit**", "**Kernels**"))
+        assert not any(part in shown for part in ("**How cost grows**", "scipy svds", "Every spectrum"))
+        assert set(shown.split("\n\n")) < set(table.rendered(RESULTS).split("\n\n"))
 
     @pytest.mark.parametrize("section", RESULTS)
     def test_a_section_stands_alone(self, section: str) -> None:
@@ -370,11 +378,12 @@ def test_both_tools_are_called_evenly() -> None:
 
 @pytest.mark.slow
 def test_the_quick_benchmark_runs_as_a_process_and_fills_the_readme(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{table.START}\n{table.END}\nafter\n")
+    readme, tables = tmp_path / "README.md", tmp_path / "tables.md"
+    for page in (readme, tables):
+        page.write_text(f"before\n{table.START}\n{table.END}\nafter\n")
     command = [sys.executable, "-m", "jobs.bench", "--quick", "--no-mergekit", "--dir", str(tmp_path / "scratch")]
     done = subprocess.run(
-        [*command, "--out", str(tmp_path / "b.json"), "--readme", str(readme)],
+        [*command, "--out", str(tmp_path / "b.json"), "--readme", str(readme), "--tables", str(tables)],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=550,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -396,8 +405,19 @@ def test_the_quick_benchmark_runs_as_a_process_and_fills_the_readme(tmp_path: Pa
         assert all(0 < row["captured"] <= row["optimal"] + 1e-6 for row in shape["rows"])
     assert 0 < found["end-to-end"]["matrices"]["energy"]["captured"]["ours"] < 1
     assert str(tmp_path) not in (tmp_path / "b.json").read_text()
-    assert "**Kernels**" in readme.read_text()
-    assert readme.read_text().endswith("after\n")
+    for page in (readme, tables):
+        assert "**Kernels**" in page.read_text()
+        assert page.read_text().endswith("after\n")
+    assert ("**How cost grows**" in readme.read_text(), "**How cost grows**" in tables.read_text()) == (False, True)
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_the_kernels_alone_or_beside_others(tmp_path: Path, *, others: bool) -> None:
+    sizes = replace(QUICK, shapes=((96, 96),), ranks=(16,), spectra=("power-0.4",))
+    saved: dict[str, Any] = {}
+    kernels.run(Bench(tmp_path, sizes, peers=False, others=others, say=lambda _: None, save=saved.update))
+    found = {row["method"] for row in saved["96x96"]["rows"]}
+    assert found >= {"auto", "scipy svds"} if others else found == {"auto"}
 
 
 def test_compressing_is_timed_beside_the_full_svd_and_loses_nothing(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def main() -> int:
             root=options.dir.resolve(),
             sizes=_chosen(QUICK if options.quick else FULL, options),
             peers=not options.no_mergekit,
+            others=not options.no_others,
             say=say,
             save=partial(results.save, out, name),
         )
@@ -49,20 +50,21 @@ def main() -> int:
         except BenchError as error:
             say(f"error: {name}: {error}")
             code = 2
-    show(out, None if options.quick and options.readme is None else options.readme or Path("README.md"))
+    found = results.read(out)
+    print(table.rendered(found))
+    if options.readme or not options.quick:
+        show(table.headline(found), options.readme or Path("README.md"))
+    if options.tables or not options.quick:
+        show(table.rendered(found), options.tables or Path(__file__).with_name("README.md"))
     return code
 
 
-def show(out: Path, readme: Path | None) -> None:
-    """The tables to stdout, and into the README where there is a place for them."""
-    rendered = table.rendered(results.read(out))
-    print(rendered)
-    if readme is None:
-        return
+def show(tables: str, page: Path) -> None:
+    """The tables into a page, where there is a place for them."""
     try:
-        readme.write_text(table.inserted(readme.read_text(), rendered))
+        page.write_text(table.inserted(page.read_text(), tables))
     except (OSError, ValueError) as error:
-        say(f"{readme.name} was left as it is: {error}")
+        say(f"{page} was left as it is: {error}")
 
 
 def say(line: str) -> None:
@@ -96,10 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="tiny cases, to see that all runs; results go to DIR/quick.json, and no README is touched",
+        help="tiny cases, to see that all runs; results go to DIR/quick.json, and no page is touched",
     )
     parser.add_argument(
         "--no-mergekit", action="store_true", help="ours alone: its environment is a download of 0.3 GB"
+    )
+    parser.add_argument(
+        "--no-others", action="store_true", help="of the kernels, `auto` and the full SVD alone: the others take hours"
     )
     parser.add_argument("--shapes", type=_listed, metavar="LIST", help="of the kernels, such as 576x576,4096x4096")
     parser.add_argument("--spectra", type=_listed, metavar="LIST", help="of the kernels, such as power-0.4,flat")
@@ -107,7 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--readme",
         type=Path,
-        help="where the tables go, between <!-- benchmarks --> and <!-- /benchmarks --> (default: README.md)",
+        help="where the main tables go, between <!-- benchmarks --> and <!-- /benchmarks --> (default: README.md)",
+    )
+    parser.add_argument(
+        "--tables", type=Path, help="where all tables go, likewise (default: the benchmark's own README.md)"
     )
     parser.add_argument(
         "--dir", type=Path, default=Path(".bench"), help="pairs and environments, kept (default: %(default)s)"

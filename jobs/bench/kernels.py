@@ -34,7 +34,7 @@ from . import measure, pairs, peers, truth
 from .measure import BenchError, Timing
 from .settings import Bench
 
-OURS = lowrank.SOLVERS
+OURS = lowrank.SOLVERS  # `auto` first
 REFERENCE, REFERENCE_RANK = "power-0.4", 32
 """What is timed only once per shape is timed here."""
 
@@ -98,7 +98,8 @@ def measured(bench: Bench, d: int, k: int) -> dict[str, Any]:
     baseline, threads = _baseline(base, tuned)
     exact = measure.timed(Ours(base, tuned, "exact", REFERENCE_RANK, "exact"), at_least=5)
     rows = [row for spectrum in spectra for row in _cells(bench, spectrum, d, k, ranks, exact)]
-    rows += _peers(bench, reference, d, k, ranks)
+    if bench.others:
+        rows += _peers(bench, reference, d, k, ranks)
     return {
         **measure.stamp(),
         "threads": torch.get_num_threads(),
@@ -133,7 +134,7 @@ def _cells(bench: Bench, spectrum: str, d: int, k: int, ranks: list[int], exact:
         if rank > 64 and d * k > 2048 * 2048 and spectrum != REFERENCE:
             continue
         planned = ""
-        for solver in OURS:
+        for solver in OURS if bench.others else OURS[:1]:
             call = Ours(base, tuned, f"{spectrum}-{d}x{k}", rank, solver)
             if solver == "exact":
                 continue

@@ -80,6 +80,7 @@ class Bench:
         root: scratch folder: pairs, environments, truths; kept between calls.
         sizes: how large the cases are.
         peers: whether mergekit is called.
+        others: whether the kernels are timed beside other libraries, and by routes that `auto` does not take.
         say: told what takes time before it is done.
         save: merges what is found into the results, at once: `save({row: {…}})`.
     """
@@ -87,6 +88,7 @@ class Bench:
     root: Path
     sizes: Sizes
     peers: bool
+    others: bool
     say: Callable[[str], None]
     save: Callable[[dict[str, Any]], None]
 

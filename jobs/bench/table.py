@@ -1,9 +1,9 @@
-"""Results → Markdown, and into the README between two markers. Pure; what is not there is left out, nothing is judged."""
+"""Results → Markdown, and into a page between two markers. Pure; what is not there is left out, nothing is judged."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from . import zoo_table
@@ -15,8 +15,8 @@ START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 Row = dict[str, Any]
 
 
-def inserted(readme: str, table: str) -> str:
-    """The README with this table between its markers, whatever stood there.
+def inserted(page: str, table: str) -> str:
+    """The page with this table between its markers, whatever stood there.
 
     >>> print(inserted("a <!-- benchmarks --> old <!-- /benchmarks --> b", "new"))
     a <!-- benchmarks -->
@@ -26,7 +26,7 @@ def inserted(readme: str, table: str) -> str:
     Raises:
         ValueError: it has no such place.
     """
-    before, start, rest = readme.partition(START)
+    before, start, rest = page.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:
         raise ValueError(f"no place for the table: there is no {START} with an {END} after it")
@@ -35,18 +35,30 @@ def inserted(readme: str, table: str) -> str:
 
 def rendered(results: dict[str, Any]) -> str:
     """All tables that there are results for."""
+    return _joined(
+        results,
+        (
+            ("end-to-end", _end_to_end),
+            ("limit", _limit),
+            ("scaling", _scaling),
+            ("kernels", lambda rows: [*_kernels(rows), *_kernels_further(rows)]),
+            ("compress", _compress),
+            ("ranges", zoo_table.ranges),
+            ("planning", zoo_table.planning),
+            ("dispatch", zoo_table.dispatch),
+            ("night", zoo_table.night),
+        ),
+    )
+
+
+def headline(results: dict[str, Any]) -> str:
+    """What somebody wants to know first: whole processes beside mergekit, the distance to the limit, kernels."""
+    return _joined(results, (("end-to-end", _end_to_end), ("limit", _limit), ("kernels", _kernels)))
+
+
+def _joined(results: dict[str, Any], shown: Sequence[tuple[str, Callable[[dict[str, Row]], list[str]]]]) -> str:
     parts = [_conditions(results)]
-    for section, render in (
-        ("end-to-end", _end_to_end),
-        ("limit", _limit),
-        ("scaling", _scaling),
-        ("kernels", _kernels),
-        ("compress", _compress),
-        ("ranges", zoo_table.ranges),
-        ("planning", zoo_table.planning),
-        ("dispatch", zoo_table.dispatch),
-        ("night", zoo_table.night),
-    ):
+    for section, render in shown:
         if rows := results.get(section):
             parts += render(rows)
     return "\n\n".join(part for part in parts if part)
@@ -163,27 +175,30 @@ def _kernels(shapes: dict[str, Row]) -> list[str]:
         "fastest / fastest of `exact`, worst",
     ]
     cells: list[list[str]] = []
-    peers: list[list[str]] = []
-    spectra: list[list[str]] = []
     for shape, found in shapes.items():
         for rank in sorted({row["rank"] for row in found["rows"]}):
             autos = [row for row in found["rows"] if row["rank"] == rank and row["method"] == "auto"]
             if autos:
                 cells.append([shape.replace("x", "×"), str(rank), *_cell(found, autos)])
-            peers += _peers(shape, rank, found)
-    if "4096x4096" in shapes:
-        spectra = list(_spectra(shapes["4096x4096"]))
-    parts = ["**Kernels**: two bf16 matrices in memory → A and B, certificate and checks included", lines(every, cells)]
-    if spectra:
-        parts += [
-            "4096×4096 by spectrum, `auto`:",
-            lines(["spectrum", "r", "time", "×", "captured", "of optimal", "certificate", "route"], spectra),
-        ]
+    return ["**Kernels**: two bf16 matrices in memory → A and B, certificate and checks included", lines(every, cells)]
+
+
+def _kernels_further(shapes: dict[str, Row]) -> list[str]:
+    spectra = [row for shape, found in shapes.items() for row in _spectra(shape, found)]
+    peers = [
+        row
+        for shape, found in shapes.items()
+        for rank in sorted({row["rank"] for row in found["rows"]})
+        for row in _peers(shape, rank, found)
+    ]
+    parts = [
+        "Every spectrum, `auto`:",
+        lines(["shape", "spectrum", "r", "time", "×", "captured", "of optimal", "certificate", "route"], spectra),
+    ]
     if peers:
         parts += [
-            "<details><summary>Other libraries on the same matrices (α = 0.4)</summary>",
+            "Other libraries on the same matrices (α = 0.4):",
             lines(["shape", "r", "method", "time", "×", "captured", "of optimal"], peers),
-            "</details>",
         ]
     return parts
 
@@ -203,11 +218,12 @@ def _cell(found: Row, autos: list[Row]) -> list[str]:
     ]  # fmt: skip
 
 
-def _spectra(found: Row) -> Iterator[list[str]]:
+def _spectra(shape: str, found: Row) -> Iterator[list[str]]:
     for row in found["rows"]:
         if row["method"] == "auto":
             speed = factor(found["baseline"]["seconds"] / row["seconds"])
-            yield [row["spectrum"], str(row["rank"]), seconds(row["seconds"]), speed, *_quality(row), str(row["route"])]
+            told = [row["spectrum"], str(row["rank"]), seconds(row["seconds"]), speed]
+            yield [shape.replace("x", "×"), *told, *_quality(row), str(row["route"])]
 
 
 def _quality(row: Row) -> list[str]:
