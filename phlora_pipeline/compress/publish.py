@@ -71,11 +71,14 @@ def publish(
 ) -> None:
     written = written_rank(kept, request.dialect)
     metadata = metadata_of(request.lora, written)
-    reducer.commit(
-        request.out,
+    weights = reducer.Weights(
         adapter.file_header(layout, request.dtype, metadata),
         lambda: _tensors(request, found, kept, layout),
         adapter.file_bytes(layout, request.dtype, metadata),
+    )
+    reducer.publish(
+        request.out,
+        weights,
         rows,
         config=config,
         card=compressed_card(
