@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 ENERGY_RANKS = (8, 16, 32, 64, 128, 256, 512)
+OF_FACTORS = "factors"
+"""The solver of a row that tells of an adapter's factors, compressed: no checkpoint was read, and ΔW is what the adapter was."""
+
 _LARGEST = 1 << 30
 
 Status = Literal["adapted", "unchanged", "zero_filled", "carried", "skipped", "failed"]

@@ -233,7 +233,8 @@ def _publish(config: RunConfig, prepared: Prepared, reduction: Reduction) -> Out
         return "nothing_to_adapt"
     reducer.publish(
         config.out,
-        reduction,
+        reducer.weights_of(reduction),
+        reduction.rows,
         config=adapter.adapter_config(
             plan,
             reduction.layout,

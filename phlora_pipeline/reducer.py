@@ -76,6 +76,21 @@ class Reduction:
         return adapter.file_bytes(self.layout, self.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """`adapter_model.safetensors`, as it will be.
+
+    Attributes:
+        header: its first bytes.
+        tensors: a producer of the rest that holds one tensor at a time.
+        size: of both, in bytes.
+    """
+
+    header: bytes
+    tensors: parts.Body
+    size: int
+
+
 def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint, tuned: Checkpoint) -> Reduction:
     """Read the parts' headers and factors, and work out every row.
 
@@ -161,29 +176,7 @@ def run_record(info: ObjectInfo) -> dict[str, Any]:
 
 def publish(
     out: str,
-    reduction: Reduction,
-    *,
-    config: dict[str, object],
-    card: str,
-    run: dict[str, object],
-    model: str,
-    base: str,
-) -> None:
-    """Put the adapter's files, `adapter_config.json` last.
-
-    Raises:
-        ConflictError: another file stands where one of these should go.
-    """
-    header, tensors = weights(reduction)
-    size = reduction.file_bytes
-    commit(out, header, tensors, size, reduction.rows, config=config, card=card, run=run, model=model, base=base)
-
-
-def commit(
-    out: str,
-    header: bytes,
-    tensors: parts.Body,
-    size: int,
+    weights: Weights,
     rows: Sequence[EnergyRow],
     *,
     config: dict[str, object],
@@ -192,7 +185,7 @@ def commit(
     model: str,
     base: str,
 ) -> None:
-    """The same of any weights: a safetensors header, a producer of what follows it, and the size of both.
+    """Put an adapter's files, `adapter_config.json` last.
 
     Raises:
         ConflictError: another file stands where one of these should go.
@@ -202,14 +195,14 @@ def commit(
     def body() -> Iterator[bytes]:
         nonlocal digest
         digest = hashlib.sha256()
-        for chunk in itertools.chain((header,), tensors()):
+        for chunk in itertools.chain((weights.header,), weights.tensors()):
             digest.update(chunk)
             yield chunk
 
-    _put(out, adapter.WEIGHTS, storage.put_new(storage.join(out, adapter.WEIGHTS), body, size=size))
+    _put(out, adapter.WEIGHTS, storage.put_new(storage.join(out, adapter.WEIGHTS), body, size=weights.size))
     put = storage.stat(storage.join(out, adapter.WEIGHTS))
     publish_manifest(out, rows, model=model, base=base)
-    run = {**run, "weights": {"bytes": size, "sha256": digest.hexdigest()}}
+    run = {**run, "weights": {"bytes": weights.size, "sha256": digest.hexdigest()}}
     for name, text in ((CARD, card), (RUN, _json(run))):
         _put(out, name, storage.put_new(storage.join(out, name), text.encode()))
     # The commit names these weights. With --overwrite another run may have taken them away meanwhile.
@@ -240,8 +233,8 @@ def drop_parts(plan: Plan) -> None:
     storage.drop_empty_folder(plan.parts_folder.rpartition("/")[0])
 
 
-def weights(reduction: Reduction) -> tuple[bytes, parts.Body]:
-    """`adapter_model.safetensors`: its first bytes, and a producer of the rest that holds one tensor at a time."""
+def weights_of(reduction: Reduction) -> Weights:
+    """The parts' factors, cut and filled as the adapter's layout says."""
     items = reduction.layout.in_file_order(reduction.dtype)
 
     def tensors() -> Iterator[bytes]:
@@ -251,7 +244,7 @@ def weights(reduction: Reduction) -> tuple[bytes, parts.Body]:
             else:
                 yield from parts.tensor_chunks(_filled(item, reduction, adapter.stored_dtype(item, reduction.dtype)[1]))
 
-    return adapter.file_header(reduction.layout, reduction.dtype), tensors
+    return Weights(adapter.file_header(reduction.layout, reduction.dtype), tensors, reduction.file_bytes)
 
 
 def _filled(slot: Slot, reduction: Reduction, dtype: torch.dtype) -> torch.Tensor:

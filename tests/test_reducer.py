@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -143,10 +144,21 @@ def test_what_could_not_be_compared_is_told(pair: Pair, tmp_path: Path) -> None:
     assert "`score.weight` could not be compared" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_run_json_names_its_weights(pair: Pair, tmp_path: Path) -> None:
-    runs.extract(*pair, tmp_path / "out")
-    weights = json.loads((tmp_path / "out" / "run.json").read_text())["weights"]
-    assert weights["bytes"] == (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
+def publish(out: Path, *chunks: bytes) -> None:
+    made = reducer.Weights(b"head", lambda: iter(chunks), 4 + sum(map(len, chunks)))
+    reducer.publish(str(out), made, [], config={"r": 1}, card="# card", run={"version": "v"}, model="m", base="b")
+
+
+def test_any_weights_are_published_as_they_come_named_in_run_json_and_never_over_others(tmp_path: Path) -> None:
+    for _ in range(2):
+        publish(tmp_path, b"one", b"two")
+    data = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert data == b"headonetwo"
+    told = json.loads((tmp_path / "run.json").read_text())
+    assert told == {"version": "v", "weights": {"bytes": 10, "sha256": hashlib.sha256(data).hexdigest()}}
+    assert {path.name for path in tmp_path.iterdir()} == set(reducer.PUBLISHED)
+    with pytest.raises(ConflictError, match=r"adapter_model\.safetensors is there already"):
+        publish(tmp_path, b"one", b"2")
 
 
 def test_a_refused_pair_leaves_no_parts(pair: Pair, tmp_path: Path) -> None:

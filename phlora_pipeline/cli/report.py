@@ -67,4 +67,4 @@ def report(
         render.json_object({"out": made.out, "format": chosen.value, "models": made.models, "files": made.files})
     else:
         told = f", {len(made.files)} files beside it" if made.files else ""
-        render.line(f"{made.out}: {made.models} model{'s' if made.models != 1 else ''}{told}")
+        render.line(f"{made.out}: {made.models} manifest{'s' if made.models != 1 else ''}{told}")

@@ -17,8 +17,6 @@ from phlora_pipeline.compress.request import REVISION, Request
 from phlora_pipeline.manifest import EnergyRow
 from phlora_pipeline.summary import summarize
 
-SOLVER = "factors"
-
 
 def rows_of(request: Request, found: Mapping[str, Compact], kept: Mapping[str, int], layout: Layout) -> list[EnergyRow]:
     rows = [_row(request, compact, kept[name]) for name, compact in found.items()]
@@ -57,7 +55,7 @@ def _row(request: Request, compact: Compact, rank: int) -> EnergyRow:
         written_energy=written_energy(compact, rank, adapter.DTYPES[request.dtype][1]),
         singular_values=sigma,
         energy_at=energies,
-        solver=SOLVER,
+        solver=manifest.OF_FACTORS,
     )
 
 
@@ -71,11 +69,14 @@ def publish(
 ) -> None:
     written = written_rank(kept, request.dialect)
     metadata = metadata_of(request.lora, written)
-    reducer.commit(
-        request.out,
+    weights = reducer.Weights(
         adapter.file_header(layout, request.dtype, metadata),
         lambda: _tensors(request, found, kept, layout),
         adapter.file_bytes(layout, request.dtype, metadata),
+    )
+    reducer.publish(
+        request.out,
+        weights,
         rows,
         config=config,
         card=compressed_card(

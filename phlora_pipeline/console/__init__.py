@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
 
-from phlora_pipeline.console import extraction, night, writing
+from phlora_pipeline.console.extraction import Extraction
+from phlora_pipeline.console.frame import Bar, Lines, Quiet
+from phlora_pipeline.console.night import Night
+from phlora_pipeline.console.writing import Writing
 
-if TYPE_CHECKING:  # torch comes with them
-    from phlora_pipeline.extract import TaskReport
-    from phlora_pipeline.plan import Plan, Task
-    from phlora_pipeline.zoo.standing import Standing
+__all__ = ["INTERVAL", "Extraction", "Night", "Writing", "night_reporter", "reporter", "writer"]
 
 
 def _interval(text: str) -> float:
+    """A number of seconds that can be waited for.
+
+    >>> [_interval(text) for text in ("0.5", "-1", "nan", "inf", "often")]
+    [0.5, 0.0, 0.0, 86400.0, 10.0]
+    """
     try:
-        return max(float(text), 0.0)
+        return min(max(0.0, float(text)), 86400.0)
     except ValueError:
         return 10.0
 
@@ -27,60 +29,22 @@ INTERVAL = _interval(os.environ.get("PHLORA_PROGRESS_INTERVAL", "10"))
 """Seconds between two lines of progress where there is no terminal."""
 
 
-class Reporter(Protocol):
-    """An observer that is also a context."""
-
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-    def planned(self, plan: Plan) -> None: ...
-    def task_done(self, report: TaskReport) -> None: ...
-    def warn(self, text: str) -> None: ...
+def reporter(*, quiet: bool) -> Extraction:
+    """The right reporter for where stderr goes; a quiet one only warns."""
+    return Extraction(_view(quiet=quiet))
 
 
-class NightReporter(Protocol):
-    """The same for a night: a `zoo.result.Observer`."""
-
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-    def looked(self, standings: Sequence[Standing]) -> None: ...
-    def planned(self, tasks: Sequence[Task], models: int) -> None: ...
-    def task_done(self, report: TaskReport) -> None: ...
-    def model_done(self, model: str, state: str, reason: str) -> None: ...
-    def warn(self, text: str) -> None: ...
+def night_reporter(*, quiet: bool) -> Night:
+    """The same for a night."""
+    return Night(_view(quiet=quiet))
 
 
-class Writer(Protocol):
-    """The same for what is written at length: a `merge.Observer`."""
-
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-    def planned(self, shards: int, nbytes: int) -> None: ...
-    def wrote(self, nbytes: int) -> None: ...
-    def warn(self, text: str) -> None: ...
+def writer(*, quiet: bool) -> Writing:
+    """The same for what is written at length."""
+    return Writing(_view(quiet=quiet))
 
 
-def reporter(*, quiet: bool) -> Reporter:
-    """The right reporter for where stderr goes."""
+def _view(*, quiet: bool) -> Quiet:
     if quiet:
-        return extraction.Lines(every=float("inf"))
-    return extraction.Bar() if sys.stderr.isatty() else extraction.Lines(every=INTERVAL)
-
-
-def night_reporter(*, quiet: bool) -> NightReporter:
-    """The right reporter of a night for where stderr goes; a quiet one only warns."""
-    if quiet:
-        return night.Quiet()
-    return night.Bar() if sys.stderr.isatty() else night.Lines(every=INTERVAL)
-
-
-def writer(*, quiet: bool) -> Writer:
-    """The right reporter of what is written for where stderr goes."""
-    if quiet:
-        return writing.Lines(every=float("inf"))
-    return writing.Bar() if sys.stderr.isatty() else writing.Lines(every=INTERVAL)
+        return Quiet()
+    return Bar() if sys.stderr.isatty() else Lines(every=INTERVAL)

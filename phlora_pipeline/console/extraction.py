@@ -1,107 +1,64 @@
-"""Progress of one extraction."""
+"""Progress of an extraction: tensors, bytes, and when it will be over."""
 
 from __future__ import annotations
 
-import sys
 import time
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from phlora_pipeline.console.frame import Quiet, Reporter
 from phlora_pipeline.summary import size
 
 if TYPE_CHECKING:  # torch comes with them
     from phlora_pipeline.extract import TaskReport
-    from phlora_pipeline.plan import Plan
+    from phlora_pipeline.plan import Plan, Task
 
 
-class Lines:
-    """Plain lines: the first and last task, and one per interval between."""
+class Tasks(Reporter):
+    """Of whatever is done in tasks. The work is counted by cost: tasks differ a thousandfold."""
 
-    def __init__(self, *, every: float) -> None:
-        self._every = every
-        self._began = self._told = time.monotonic()
-        self._done = self._read = self._reused = self._total = 0
-        self._bytes = 0
+    def __init__(self, view: Quiet) -> None:
+        super().__init__(view)
+        self.tensors = self.all_tensors = 0
+        self._costs: dict[str, float] = {}
 
-    def __enter__(self) -> Self:
-        return self
+    @property
+    def done(self) -> int:
+        return self.tensors
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None and self._done and self._every != float("inf"):
-            self._tell()
-
-    def planned(self, plan: Plan) -> None:
-        self._total, self._bytes = sum(len(task.block.pairs) for task in plan.tasks), plan.nbytes
-        if self._every != float("inf"):
-            print(
-                f"{self._total} tensors in {len(plan.tasks)} tasks, {size(self._bytes)} to read",
-                file=sys.stderr,
-                flush=True,
-            )
+    def expect(self, tasks: Sequence[Task], now: float) -> None:
+        """These will be done."""
+        self.all_tensors = sum(len(member.block.pairs) for task in tasks for member in task.members)
+        self._costs = {task.id: task.cost for task in tasks}
+        self.pace.begin(sum(self._costs.values()), now)
 
     def task_done(self, report: TaskReport) -> None:
-        self._done += report.tensors
-        self._read += report.nbytes
+        """One is. What was planned later, for a checkpoint that had changed, adds to what there was to do."""
+        self.tensors += report.tensors
+        self.all_tensors = max(self.all_tensors, self.tensors)
+        self.pace.advance(self._costs.pop(report.task, 0.0), report.nbytes)
+        self._view.changed()
+
+
+class Extraction(Tasks):
+    """Of one fine-tune."""
+
+    def __init__(self, view: Quiet) -> None:
+        super().__init__(view)
+        self._reused = 0
+
+    def planned(self, plan: Plan) -> None:
+        self.expect(plan.tasks, time.monotonic())
+        self._view.say(f"{self.all_tensors} tensors in {len(plan.tasks)} tasks, {size(plan.nbytes)} to read")
+
+    def task_done(self, report: TaskReport) -> None:
         self._reused += report.reused
-        if time.monotonic() - self._told >= self._every:
-            self._tell()
+        super().task_done(report)
 
-    def warn(self, text: str) -> None:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
-
-    def _tell(self) -> None:
-        self._told = time.monotonic()
-        seconds = max(self._told - self._began, 1e-3)
+    def words(self, now: float) -> str:
+        if not self.all_tensors:
+            return self.first
         reused = f", {self._reused} tasks reused" if self._reused else ""
-        print(
-            f"{self._done}/{self._total} tensors, {size(self._read)} read, {size(self._read / seconds)}/s, {seconds:.0f} s{reused}",
-            file=sys.stderr,
-            flush=True,
+        return (
+            f"{self.tensors}/{self.all_tensors} tensors, {size(self.pace.moved)} read, {self.pace.words(now)}{reused}"
         )
-
-
-class Bar:
-    """A rich bar, by bytes: tasks differ a thousandfold."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeRemainingColumn(),
-            console=self._console,
-        )
-        self._task = self._progress.add_task("reading headers", total=None)
-        self._done = self._total = 0
-        self._weights: dict[str, float] = {}
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def planned(self, plan: Plan) -> None:
-        self._total = sum(len(task.block.pairs) for task in plan.tasks)
-        self._weights = {task.id: task.cost for task in plan.tasks}
-        self._progress.update(self._task, total=sum(self._weights.values()), description=f"0/{self._total} tensors")
-
-    def task_done(self, report: TaskReport) -> None:
-        self._done += report.tensors
-        self._progress.update(
-            self._task,
-            advance=self._weights.get(report.task, 0.0),
-            description=f"{self._done}/{self._total} tensors",
-        )
-
-    def warn(self, text: str) -> None:
-        self._console.print(f"warning: {text}", style="yellow", highlight=False, markup=False)

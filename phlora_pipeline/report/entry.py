@@ -16,15 +16,19 @@ class Entry:
     Attributes:
         name: no two models of a page share one.
         href: of its page, relative to the index.
+        model: its name, which others of the page may share.
         others: as in `ModelReport`.
     """
 
     name: str
     href: str
+    model: str
     base: str
     ranks: tuple[int, int] | None
     adapter_bytes: int
     checkpoint_bytes: int
+    checkpoint: str
+    compressed: bool
     certificate: float | None
     summary: Summary
     curve: EnergyCurve
@@ -40,10 +44,13 @@ def entry(report: ModelReport, name: str, href: str) -> Entry:
     return Entry(
         name,
         href,
+        report.model,
         report.base,
         report.ranks,
         report.adapter_bytes,
         report.checkpoint_bytes,
+        report.checkpoint,
+        report.compressed,
         report.certificate,
         report.summary,
         report.curve,

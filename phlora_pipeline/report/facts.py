@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from phlora_pipeline import safetensors_format
-from phlora_pipeline.manifest import EnergyRow
+from phlora_pipeline.manifest import OF_FACTORS, EnergyRow
 from phlora_pipeline.report.choices import TradeOff, rank_for, trade_off
 from phlora_pipeline.report.curve import EnergyCurve, energy_curve, factored
 from phlora_pipeline.report.grid import GOAL, Grid, grid
@@ -104,7 +104,9 @@ class ModelReport:
         summary: counts and energies.
         ranks: the smallest and the largest of the adapted tensors; None where there are none.
         adapter_bytes: of the weights as written where `run.json` tells it (`exact`), else of the factors at their own ranks.
-        checkpoint_bytes: of the fine-tune's tensors.
+        checkpoint_bytes: of the fine-tune's tensors; 0 where these are not known.
+        checkpoint: fingerprint of the fine-tune, where `run.json` tells it.
+        compressed: whether it was made of an adapter, and not of checkpoints: ΔW is then what that adapter was.
         certificate: the worst of all tensors.
         noise_energy: share of the adapted tensors' ‖ΔW‖² that the checkpoint's own rounding explains; None where not measured.
     """
@@ -118,6 +120,8 @@ class ModelReport:
     adapter_bytes: int
     exact: bool
     checkpoint_bytes: int
+    checkpoint: str
+    compressed: bool
     certificate: float | None
     noise_energy: float | None
     settings: Mapping[str, Any]
@@ -151,6 +155,7 @@ def model_report(rows: Sequence[EnergyRow], source: Source) -> ModelReport:
     ranks = [row.rank or 0 for row in own]
     certificates = [row.certificate for row in own if row.certificate is not None]
     total = math.fsum(_squared(row) for row in _counted(rows))
+    compressed = any(row.solver == OF_FACTORS for row in rows)
     return ModelReport(
         model=source.model,
         base=source.base,
@@ -160,7 +165,11 @@ def model_report(rows: Sequence[EnergyRow], source: Source) -> ModelReport:
         ranks=(min(ranks), max(ranks)) if ranks else None,
         adapter_bytes=factors if stored is None else int(stored),
         exact=stored is not None,
-        checkpoint_bytes=sum(safetensors_format.tensor_bytes(row.tuned_dtype, row.shape) for row in rows),
+        checkpoint_bytes=0
+        if compressed
+        else sum(safetensors_format.tensor_bytes(row.tuned_dtype, row.shape) for row in rows),
+        checkpoint=_fingerprint(record),
+        compressed=compressed,
         certificate=max(certificates, default=None),
         noise_energy=_noise(own),
         settings=record.get("settings", {}),
@@ -172,6 +181,11 @@ def model_report(rows: Sequence[EnergyRow], source: Source) -> ModelReport:
         lines=tuple(_line(row, total) for row in sorted(rows, key=lambda row: (-_squared(row), row.tensor))),
         run=source.run,
     )
+
+
+def _fingerprint(record: Mapping[str, Any]) -> str:
+    tuned = record.get("sources", {}).get("tuned")
+    return str(tuned.get("fingerprint", "")) if isinstance(tuned, dict) else ""
 
 
 def _squared(row: EnergyRow) -> float:

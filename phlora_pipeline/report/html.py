@@ -22,7 +22,7 @@ from phlora_pipeline.report.entry import Entry
 from phlora_pipeline.report.facts import ModelReport
 from phlora_pipeline.report.grid import GOAL
 from phlora_pipeline.report.palette import stylesheet
-from phlora_pipeline.report.words import MADE_BY, bound, counted, ranks_told, short, shown, verdict, words
+from phlora_pipeline.report.words import MADE_BY, bound, counted, noun, ranks_told, short, shown, verdict, weight, words
 from phlora_pipeline.summary import percent, size, span
 
 MOST_LINES = 2000
@@ -89,6 +89,7 @@ def model_page(report: ModelReport, *, stem: str = "", up: str = "") -> Drawn:
         up=up,
         figures=figures,
         verdict=verdict(report),
+        weight="; ".join(filter(None, (weight(report), "" if report.exact else "factors alone"))),
         shares=_shares(report),
         ranks_differ=ranks_differ,
         goal=percent(GOAL, 0),
@@ -107,6 +108,7 @@ def index_page(models: Sequence[Entry], *, stem: str) -> Drawn:
         models: a row for each.
         stem: of the names of the figures' files.
     """
+    called = noun([model.model for model in models])
     curves = [(model.name, model.curve) for model in models if model.curve.ranks]
     if len(curves) <= plots.MOST_CURVES:
         curves = _once(curves)
@@ -119,19 +121,21 @@ def index_page(models: Sequence[Entry], *, stem: str) -> Drawn:
     made: dict[str, tuple[Callable[[], Figure], str]] = {}
     if curves:
         made["energy"] = (
-            lambda: plots.energies_figure(curves),
+            lambda: plots.energies_figure(curves, called),
             "Preserved energy E\u1d63 against rank r. "
-            + ("A thin line for each model; their median, and the band that holds half of them." if many else "A line for each model: the mean over its adapted tensors; the band holds half of them; where some spectra end, the dotted line counts what is known."),
+            + (f"A thin line for each {called}; their median, and the band that holds half of them." if many else f"A line for each {called}: the mean over its adapted tensors; the band holds half of them; where some spectra end, the dotted line counts what is known."),
         )  # fmt: skip
     if points:
         made["size"] = (
             lambda: plots.sizes_figure(points),
-            "A point for each model: the size of its adapter, and the share of the adapted tensors' ‖ΔW‖² that it keeps.",
+            f"A point for each {called}: its size, and the share of the adapted tensors' ‖ΔW‖² that it keeps.",
         )
-    figures, files = _figures(made, stem, f"{len(models)} models")
+    figures, files = _figures(made, stem, counted(len(models), called))
     html = _environment().get_template("index.html.j2").render(
         **_common(),
         models=models,
+        noun=called,
+        compressed=sum(model.compressed for model in models),
         bases=sorted({model.base or "not named" for model in models}),
         total=_total(models),
         figures=figures,
@@ -183,17 +187,18 @@ def _once(curves: Sequence[tuple[str, EnergyCurve]]) -> list[tuple[str, EnergyCu
 
 def _total(models: Sequence[Entry]) -> dict[str, Any]:
     kept = {model.name: energy for model in models if (energy := model.summary.preserved_energy) is not None}
-    adapters, checkpoints = (sum(getattr(model, name) for model in models) for name in ("adapter_bytes", "checkpoint_bytes"))  # fmt: skip
+    adapters, known = sum(model.adapter_bytes for model in models), [model for model in models if not model.compressed]
+    checkpoints = sum({model.checkpoint or model.name: model.checkpoint_bytes for model in known}.values())
     certificates = [model.certificate for model in models if model.certificate is not None]
     least = min(kept, key=lambda name: (kept[name], name), default="")
     return {
         "adapters": adapters,
         "checkpoints": checkpoints,
-        "share": adapters / checkpoints if checkpoints else None,
+        "share": sum(model.adapter_bytes for model in known) / checkpoints if checkpoints else None,
         "median": statistics.median(kept.values()) if kept else None,
         "least": kept.get(least),
         "least_name": least,
-        "coverage": min((c for model in models if (c := model.summary.coverage) is not None), default=None),
+        "coverage": min((c for model in known if (c := model.summary.coverage) is not None), default=None),
         "certificate": max(certificates, default=None),
         "failed": sum(bool(model.summary.failed) for model in models),
         "bare": sum(model.ranks is None for model in models),

@@ -17,7 +17,7 @@ from phlora_pipeline.errors import ConflictError, RequestError
 from phlora_pipeline.report import sources, text
 from phlora_pipeline.report.entry import Entry, entry
 from phlora_pipeline.report.facts import ModelReport, Source, model_report
-from phlora_pipeline.report.words import MADE_BY, file_name
+from phlora_pipeline.report.words import MADE_BY, file_name, noun
 
 Format = Literal["html", "md", "json"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -65,7 +65,8 @@ def report(urls: str | Sequence[str], out: str = "", *, form: Format = "html") -
         return _pages(found, target)
     reports = [_report(source) for source in found]
     names = distinct([told.model for told in reports], [told.url for told in reports])
-    told = text.FORMS[form]([replace(each, model=name) for each, name in zip(reports, names, strict=True)])
+    named = [replace(each, model=name) for each, name in zip(reports, names, strict=True)]
+    told = text.as_json(named) if form == "json" else text.markdown(named, noun([each.model for each in reports]))
     if target:
         _put_all([target], [(target, told.encode())])
     return Made(target, len(reports), text=told)

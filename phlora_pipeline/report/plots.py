@@ -46,15 +46,15 @@ def energy_figure(report: ModelReport) -> Figure:
     return figure
 
 
-def energies_figure(named: Sequence[Named]) -> Figure:
-    """One curve for each model: the paper's Figure 1."""
+def energies_figure(named: Sequence[Named], noun: str) -> Figure:
+    """One curve for each model, or whatever they are called: the paper's Figure 1."""
     figure, axes = frame(
         rank_scale(max(rank for _, curve in named for rank in (*curve.ranks, *curve.least_ranks))),
         percent_scale(_KEPT),
         high=4.3,
     )
     if len(named) > MOST_CURVES:
-        _crowd(axes, [curve for _, curve in named])
+        _crowd(axes, [curve for _, curve in named], noun)
     else:
         for role, (name, curve) in zip(SERIES, named, strict=False):
             if len(named) <= _MOST_BANDS:
@@ -150,7 +150,7 @@ def spectra_figure(spectra: Sequence[Spectrum], rank: int | None) -> Figure:
     return figure
 
 
-def _crowd(axes: Axes, curves: Sequence[EnergyCurve]) -> None:
+def _crowd(axes: Axes, curves: Sequence[EnergyCurve], noun: str) -> None:
     for curve in curves:  # at powers of two alone: hundreds of lines are a large drawing
         ranks, shares = zip(
             *((r, s) for r, s in zip(curve.ranks, curve.mean, strict=True) if r & (r - 1) == 0), strict=True
@@ -159,8 +159,8 @@ def _crowd(axes: Axes, curves: Sequence[EnergyCurve]) -> None:
     if not (told := crowd(curves)):
         return
     ranks, lower, middle, upper = zip(*told, strict=True)
-    blue, label = LIGHT["s0"], f"median of {len(curves)} models"
-    axes.fill_between(ranks, _hundredfold(lower), _hundredfold(upper), color=blue, alpha=0.2, linewidth=0, label="half of the models")  # fmt: skip
+    blue, label = LIGHT["s0"], f"median of {len(curves)} {noun}s"
+    axes.fill_between(ranks, _hundredfold(lower), _hundredfold(upper), color=blue, alpha=0.2, linewidth=0, label=f"half of the {noun}s")  # fmt: skip
     axes.plot(ranks, _hundredfold(middle), color=blue, label=label)
 
 

@@ -50,7 +50,7 @@ def with_records(source: Source) -> Source:
     if place:
         folder = storage.join(source.url[: place.start()].rpartition("/")[0], place[2], place[3])
     record = _json(storage.stat(storage.join(folder, layout.RUN)))
-    if not all(isinstance(record.get(part, {}), dict) for part in ("weights", "written", "settings")):
+    if not all(isinstance(record.get(part, {}), dict) for part in ("weights", "written", "settings", "sources")):
         record = {}
     run = None if place else _run(folder, str(record.get("version", "")))
     return replace(source, record=record, run=run)

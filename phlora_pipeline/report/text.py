@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from phlora_pipeline import __version__
 from phlora_pipeline.report.facts import ModelReport
-from phlora_pipeline.report.words import MADE_BY, bound, ranks_told, short, shown, verdict, words
+from phlora_pipeline.report.words import MADE_BY, bound, counted, ranks_told, short, shown, verdict, weight, words
 from phlora_pipeline.summary import percent, size, span
 
 _RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-def markdown(reports: Sequence[ModelReport]) -> str:
-    """One model in detail, several in a table."""
-    lines = _one(reports[0]) if len(reports) == 1 else _many(reports)
+def markdown(reports: Sequence[ModelReport], noun: str = "model") -> str:
+    """One model in detail, several in a table; `noun` is what they are called."""
+    lines = _one(reports[0]) if len(reports) == 1 else _many(reports, noun)
     return "\n".join([f"<!-- {MADE_BY} {__version__} -->", "", *lines, ""])
 
 
@@ -25,14 +25,8 @@ def as_json(reports: Sequence[ModelReport]) -> str:
     return json.dumps(record, indent=2) + "\n"
 
 
-FORMS: dict[str, Callable[[Sequence[ModelReport]], str]] = {"md": markdown, "json": as_json}
-
-
 def _one(report: ModelReport) -> list[str]:
     summary = report.summary
-    size_told = size(report.adapter_bytes)
-    if report.checkpoint_bytes:
-        size_told += f", {percent(report.adapter_bytes / report.checkpoint_bytes)} of the checkpoint"
     lines = [f"# {_cell(report.model)}", "", verdict(report) or "No tensor is adapted.", ""]
     lines += _table(
         ("what", "value"),
@@ -40,11 +34,20 @@ def _one(report: ModelReport) -> list[str]:
             ("base", _cell(report.base) or "not named"),
             ("version", report.version[:12]),
             ("rank", ranks_told(report.ranks)),
-            ("size", size_told),
-            ("preserved energy, of the adapted ‖ΔW‖²", percent(summary.preserved_energy)),
+            ("size", ", ".join(filter(None, (size(report.adapter_bytes), weight(report))))),
+            (
+                f"preserved energy, of the {'original' if report.compressed else 'adapted'} ‖ΔW‖²",
+                percent(summary.preserved_energy),
+            ),
             ("written energy", percent(summary.written_energy, 2)),
-            ("coverage, of ‖ΔW‖²", percent(summary.coverage)),
-            ("certificate, worst", bound(report.certificate)),
+            *(
+                []
+                if report.compressed
+                else [
+                    ("coverage, of ‖ΔW‖²", percent(summary.coverage)),
+                    ("certificate, worst", bound(report.certificate)),
+                ]
+            ),
             *([("rounding noise", percent(report.noise_energy, 2))] if report.noise_energy is not None else []),
             *([("time", span(report.run.seconds)), ("read", size(report.run.read_bytes))] if report.run else []),
         ],
@@ -78,12 +81,12 @@ def _one(report: ModelReport) -> list[str]:
     return lines
 
 
-def _many(reports: Sequence[ModelReport]) -> list[str]:
+def _many(reports: Sequence[ModelReport], noun: str) -> list[str]:
     return [
-        f"# {len(reports)} models",
+        f"# {counted(len(reports), noun)}",
         "",
         *_table(
-            ("model", "base", "rank", "size", "preserved energy", "written energy", "coverage", "failed"),
+            (noun, "base", "rank", "size", "preserved energy", "written energy", "coverage", "failed"),
             [
                 (
                     _cell(report.model),
@@ -92,7 +95,7 @@ def _many(reports: Sequence[ModelReport]) -> list[str]:
                     size(report.adapter_bytes),
                     percent(report.summary.preserved_energy),
                     percent(report.summary.written_energy),
-                    percent(report.summary.coverage),
+                    percent(None if report.compressed else report.summary.coverage),
                     str(report.summary.failed),
                 )
                 for report in reports

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from phlora_pipeline.summary import percent, size
@@ -83,6 +84,15 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def noun(names: Sequence[str]) -> str:
+    """What several are called: adapters, where two may be of one model.
+
+    >>> noun(["bot", "llama"]), noun(["bot", "bot"])
+    ('model', 'adapter')
+    """
+    return "model" if len(set(names)) == len(names) else "adapter"
+
+
 def words(status: str) -> str:
     """A row's status, as a person says it.
 
@@ -92,14 +102,23 @@ def words(status: str) -> str:
     return {"zero_filled": "zero-filled", "carried": "kept whole", "skipped": "left out"}.get(status, status)
 
 
+def weight(report: ModelReport) -> str:
+    """Of an adapter, beside the checkpoint; empty where that is not known."""
+    known = report.checkpoint_bytes
+    return f"{percent(report.adapter_bytes / known)} of the checkpoint's {size(known)}" if known else ""
+
+
 def verdict(report: ModelReport) -> str:
     """The page in one sentence; empty where nothing is adapted."""
     summary = report.summary
     if report.ranks is None:
         return ""
-    weight = f", {percent(report.adapter_bytes / report.checkpoint_bytes)} of the checkpoint," if report.checkpoint_bytes else ""  # fmt: skip
+    if report.compressed:
+        whole = f"; {counted(summary.carried, 'tensor')} kept as they were" if summary.carried else ""
+        return f"{size(report.adapter_bytes)} keep {percent(summary.preserved_energy)} of the energy of the adapter that was compressed, in {counted(summary.adapted, 'weight')}{whole}."
+    beside = f", {weight(report)}," if report.checkpoint_bytes else ""
     whole = f"; {percent(summary.carried_energy, 2)} is kept whole beside them" if summary.carried else ""
     return (
-        f"{size(report.adapter_bytes)}{weight} keep {percent(summary.preserved_energy)} of what fine-tuning changed in {counted(summary.adapted, 'weight')}, "
+        f"{size(report.adapter_bytes)}{beside} keep {percent(summary.preserved_energy)} of what fine-tuning changed in {counted(summary.adapted, 'weight')}, "
         f"which hold {percent(summary.coverage)} of the whole change{whole}."
     )

@@ -20,7 +20,7 @@ from functools import partial
 from phlora_pipeline import storage
 from phlora_pipeline.errors import ConflictError, RequestError
 from phlora_pipeline.storage import ObjectInfo, Upload
-from phlora_pipeline.zoo import latest, layout, state
+from phlora_pipeline.zoo import dataset, latest, layout, state
 from phlora_pipeline.zoo.latest import Latest
 from phlora_pipeline.zoo.state import Ledger
 
@@ -118,7 +118,7 @@ class _Sweep:
 
     def versions(self) -> Iterator[_Found]:
         """Superseded ones beyond `keep`, and those whose publication was given up."""
-        models, tables = _models(self.out), _tables(self.out)
+        models, tables = _models(self.out), dataset.tables(self.out)
         ledger = Ledger.read(self.out)
         ledger.open(model.name for model in models)
         if ledger.problems:
@@ -212,16 +212,6 @@ def _ours(tree: Mapping[str, Sequence[ObjectInfo]]) -> dict[str, tuple[ObjectInf
         if layout.is_version(version)
     }
     return {version: infos for version, infos in sorted(ours.items()) if infos}
-
-
-def _tables(out: str) -> dict[tuple[str, str], list[ObjectInfo]]:
-    """(model, version) → its copies in the dataset."""
-    found: dict[tuple[str, str], list[ObjectInfo]] = {}
-    for info in storage.list_tree(storage.join(out, layout.DATASET)):
-        folder, name = info.url.rsplit("/", 2)[1:]
-        key = folder.removeprefix("model="), name.removesuffix(".parquet")
-        found.setdefault(key, []).append(info)
-    return found
 
 
 def _by_folder(root: str) -> dict[str, list[ObjectInfo]]:

@@ -18,6 +18,7 @@ from phlora_pipeline.extract import checked_device
 from phlora_pipeline.machine import default_threads
 from phlora_pipeline.plan import Task, in_cohorts
 from phlora_pipeline.runlog import Run
+from phlora_pipeline.zoo import dataset
 from phlora_pipeline.zoo.catalog import catalog
 from phlora_pipeline.zoo.lead import Lead
 from phlora_pipeline.zoo.prepare import Ready, prepare
@@ -46,10 +47,14 @@ def night(
         CredentialsError, StorageError, DeviceError: nobody can go on, and no model is blamed. What was published stays.
     """
     began = time.monotonic()
-    found = standings(catalog(config), Ledger.read(config.output))
+    tables = dataset.tables(config.output)  # before outcomes are read: see `dataset.repair`
+    ledger = Ledger.read(config.output)
+    found = standings(catalog(config), ledger)
     observer.looked(found)
     due = [standing for standing in found if standing.state == "due"]
     require_allowed(config, due, yes=yes)
+    for told in dataset.repair(config.output, tables, found, ledger):
+        observer.warn(told)
     if not due:
         return _result("", found, {}, 0, 0.0, stopped=False)
     resources = _resources(config)

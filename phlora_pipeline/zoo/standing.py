@@ -126,7 +126,7 @@ def _standing(entry: Entry, bases: Mapping[str, _Seen], tuned: _Seen, ledger: Le
     if ledger.quarantined(entry.id, request) and last is not None:
         remedy = f"{last.remedy}; then replace the checkpoint, or: phlora retry" if last.remedy else "phlora retry"
         return Standing(
-            entry, "quarantined", request, last.reason, f"{remedy} ZOO {entry.id}", last.ended, None, attempts
+            entry, "quarantined", request, last.reason, f"{remedy} ZOO {entry.id}", last.ended, None, attempts, asked
         )
     why = _why_due(ledger.latest_outcome(entry.id), asked, last)
     return Standing(entry, "due", request, why, since=last.ended if last else "", attempts=attempts, asked=asked)

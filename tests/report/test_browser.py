@@ -150,7 +150,7 @@ def test_a_zoo_leads_to_its_models_and_back(tmp_path: Path, visit: Open) -> None
     opened.page.locator("#models a", has_text="team--bot-001").click()
     assert opened.page.locator("h1").inner_text() == "team--bot-001"
     assert opened.page.locator("svg.plot").count() == 4
-    opened.page.locator("a", has_text="all models").click()
+    opened.page.locator("a", has_text="all of them").click()
     assert opened.page.locator("h1").inner_text() == "3 models"
 
 

@@ -223,7 +223,7 @@ class TestCommand:
         assert json.loads(self.run(capsys, source, "--json")[1])["models"][0]["model"] == "m"
         code, out, err = self.run(capsys, source, "--out", tmp_path / "p.html")
         assert (code, err) == (0, "")
-        assert out == f"{tmp_path}/p.html: 1 model, 8 files beside it\n"
+        assert out == f"{tmp_path}/p.html: 1 manifest, 8 files beside it\n"
         told = json.loads(self.run(capsys, source, "--out", tmp_path / "p.html", "--json")[1])
         assert (told["models"], told["format"], len(told["files"])) == (1, "html", 8)
         assert self.run(capsys, source, "--out", tmp_path / "p.md", "--format", "md")[0] == 0

@@ -6,19 +6,22 @@ import json
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import stamina
 import torch
 
+from phlora_pipeline import storage
 from phlora_pipeline.errors import CredentialsError, StorageError
 from phlora_pipeline.storage import s3, s3_errors
 from phlora_pipeline.zoo import layout
 from tests import toys
-from tests.counting_proxy import Fault, Proxy, Request, running_proxy
+from tests.counting_proxy import Fault, Headers, Proxy, Request, running_proxy
 from tests.s3_server import S3
 from tests.zoo import nights
 from tests.zoo.nights import Watcher, Zoo, of, states
@@ -104,6 +107,32 @@ def test_one_new_and_one_replaced_are_all_that_is_read(zoo: S3Zoo, proxy: Proxy)
     assert {name for name, state in states(result).items() if state == "committed"} == {"m2", "m4"}
     assert {key.split("/")[-2] for key in proxy.tensor_bytes} == {"b", "m2", "m4"}
     assert {key.split("/")[-2] for key in proxy.header_bytes} == {"b", "m2", "m4", *(of(result, m).version for m in ("m2", "m4"))}  # fmt: skip
+
+
+def test_the_dataset_is_listed_once_a_night_and_what_is_missing_there_is_all_that_is_put(
+    zoo: S3Zoo, proxy: Proxy
+) -> None:
+    zoo.night()
+    before = nights.left_behind(zoo.out)
+    tables = sorted(name for name in before if name.startswith("_manifest/"))
+    assert len(tables) == 4
+    asked: Counter[str] = Counter()
+
+    def counted(verb: str, path: str, headers: Headers, _: bytes) -> Headers:
+        asked[verb] += "_manifest" in unquote(path)
+        return headers
+
+    proxy.passed_on = counted
+    for gone in (tables[:1], tables, []):
+        for name in gone:
+            storage.delete(storage.join(zoo.out, name))
+        proxy.clear()
+        asked.clear()
+        assert zoo.night().run == ""
+        assert {key.partition("/out/")[2]: n for key, n in proxy.created().items()} == dict.fromkeys(gone, 1)
+        assert +asked == +Counter({"GET": 1 + len(gone), "PUT": len(gone)})  # one lists, the others look once more
+        assert proxy.tensor_bytes == {}
+    assert nights.left_behind(zoo.out) == before
 
 
 # ------------------------------------------------------------------------------------------------- what is read, at the server
