@@ -186,7 +186,7 @@ def _superseded(model: _Model, pointer: Latest | None, keep: int) -> frozenset[s
     if pointer is None:
         return frozenset()
     dated = {version: config.modified for version in model.versions if (config := model.committed(version))}
-    newest = dated.get((pointer.newest or pointer).version)
+    newest = dated.get(latest.newest(pointer).version)
     older = [version for version, at in dated.items() if newest is not None and at <= newest]
     candidates = sorted(set(older) - _served(pointer), key=lambda version: (dated[version], version), reverse=True)
     return frozenset(candidates[keep:])
@@ -194,7 +194,7 @@ def _superseded(model: _Model, pointer: Latest | None, keep: int) -> frozenset[s
 
 def _served(pointer: Latest | None) -> set[str]:
     """Versions that a pointer names: the served one, and the one that waits behind a pin."""
-    return set() if pointer is None else {pointer.version, (pointer.newest or pointer).version}
+    return set() if pointer is None else {pointer.version, latest.newest(pointer).version}
 
 
 def _models(out: str) -> list[_Model]:

@@ -12,7 +12,7 @@ from phlora_pipeline.config import RunConfig
 from phlora_pipeline.errors import ConflictError, RequestError, SourceChangedError
 from phlora_pipeline.pipeline import Prepared
 from phlora_pipeline.zoo import layout
-from phlora_pipeline.zoo.standing import Standing
+from phlora_pipeline.zoo.standing import Standing, as_opened
 from phlora_pipeline.zoofile import ZooConfig
 
 _OPENERS = 8
@@ -25,7 +25,7 @@ class Ready:
     """A model that can be converted.
 
     Attributes:
-        standing: where it stood.
+        standing: where it stood; its request is for the checkpoints as they were opened.
         config: its extraction, with the version's folder as `out`.
         prepared: its plan.
         stands: whether the adapter is there already: a night ended before it could say so.
@@ -120,7 +120,8 @@ def plan_one(config: ZooConfig, standing: Standing, base: Checkpoint | Error | N
         # Below the model's id: two models of the same bytes must not write each other's parts.
         prepared = pipeline.prepare(wanted, base, storage.join(config.output, layout.PARTS, entry.id), entry.id)
         wanted = wanted.model_copy(update={"out": storage.join(config.output, entry.id, prepared.plan.version)})
-        return Ready(standing, wanted, prepared, stands=_stands(wanted, prepared))
+        opened = as_opened(standing, prepared.base.listed, prepared.tuned.listed)
+        return Ready(opened, wanted, prepared, stands=_stands(wanted, prepared))
     except (RequestError, SourceChangedError) as error:
         return error
 
