@@ -177,6 +177,7 @@ def conclude(config: RunConfig, prepared: Prepared, lost: Mapping[str, str], run
         reduction = reducer.reduce(plan, lost, dtype=config.dtype, base=prepared.base, tuned=prepared.tuned)
         warnings = (*_judge(reduction, config), *reduction.warnings, *_dropped(reduction))
         if reduction.failed and not (config.allow_partial and reduction.layout.slots):
+            reducer.drop_failed(reduction)
             raise _failed(reduction, run_url, config)
         outcome = _publish(config, prepared, reduction)
     except NotFoundError:

@@ -240,6 +240,14 @@ def drop_parts(plan: Plan) -> None:
     storage.drop_empty_folder(plan.parts_folder.rpartition("/")[0])
 
 
+def drop_failed(reduction: Reduction) -> None:
+    """Remove the parts in which a tensor failed: whoever runs again means to try it again, on another device perhaps."""
+    failed = {row.tensor for row in reduction.failed}
+    for member in (member for task in reduction.plan.tasks for member in task.members):
+        if any(pair.name in failed for pair in member.block.pairs):
+            storage.delete(member.part_url)
+
+
 def weights(reduction: Reduction) -> tuple[bytes, parts.Body]:
     """`adapter_model.safetensors`: its first bytes, and a producer of the rest that holds one tensor at a time."""
     items = reduction.layout.in_file_order(reduction.dtype)

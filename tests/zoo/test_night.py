@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from phlora_pipeline import storage
+from phlora_pipeline import lowrank, storage
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.zoo import latest, layout, state
 from phlora_pipeline.zoo.result import NightResult
@@ -208,6 +209,25 @@ def test_two_failures_are_a_quarantine_until_the_source_or_somebody_says_so(zoo:
     assert (of(fourth, "poison").state, of(fourth, "stranger").state) == ("failed", "quarantined")
     zoo.add("stranger", toys.fine_tuned(nights.tensors(), seed=6))
     assert of(zoo.night(), "stranger").state == "committed"
+
+
+def test_what_failed_is_computed_again_and_nothing_else(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device may be at fault: a second attempt that found the first one's failure in its part would be none."""
+    zoo.add("m1", toys.fine_tuned(nights.tensors()))
+    real = lowrank.decompose
+
+    def faulty(sides: Any, names: Any, *others: Any) -> list[lowrank.Outcome]:
+        found = real(sides, names, *others)
+        return [replace(one, factors=None, failure="it broke") if "down_proj" in name else one for one, name in zip(found, names, strict=True)]  # fmt: skip
+
+    with monkeypatch.context() as broken:
+        broken.setattr(lowrank, "decompose", faulty)
+        assert "it broke" in of(zoo.night(), "m1").reason
+    watcher = Watcher()
+    assert zoo.night(watcher).counts == {"committed": 1}
+    again = [report for report in watcher.reports if not report.reused]
+    assert [(report.tensors, report.failed) for report in again] == [(1, ())]
+    nights.require_whole(zoo.out)
 
 
 def test_what_was_incomplete_is_converted_once_it_is_whole_and_was_nobodys_failure(zoo: Zoo) -> None:
