@@ -16,7 +16,6 @@ from phlora_pipeline.errors import RequestError
 from phlora_pipeline.lowrank import PROFILES, Profile, Solver
 from phlora_pipeline.plan import Task
 from phlora_pipeline.zoo.catalog import catalog
-from phlora_pipeline.zoo.night import cohort_tasks
 from phlora_pipeline.zoo.prepare import Ready, prepare
 from phlora_pipeline.zoo.standing import Standing, standings
 from phlora_pipeline.zoo.state import Ledger
@@ -142,8 +141,8 @@ def forecast(config: ZooConfig, cluster: Cluster) -> Forecast:
         )
     profile = PROFILES[cluster.profile]
     found = standings(catalog(config), Ledger.read(config.output))
-    made = prepare(config, [standing for standing in found if standing.state == "due"])
-    tasks = cohort_tasks(config, made.ready, cluster.workers)
+    made = prepare(config, [standing for standing in found if standing.state == "due"], cluster.workers)
+    tasks = made.tasks
     compute: dict[str, float] = {solver: sum(_seconds(task, solver, profile) for task in tasks) for solver in SOLVERS}
     read = sum(task.nbytes for task in tasks)
     seconds: dict[str, float] = {solver: _night(tasks, solver, profile, cluster) for solver in SOLVERS}
