@@ -91,7 +91,7 @@ def prepare(
 
 def _within_bytes(config: ZooConfig, ready: Sequence[Ready], workers: int) -> tuple[list[Ready], tuple[Task, ...]]:
     """As many of them as may be read, but one at least: a large one must not wait for ever. And their tasks."""
-    most = config.limits.max_bytes
+    most = int(config.limits.max_bytes)
     if not most:
         return list(ready), _in_cohorts(config, ready, workers)
     standing, kept = [model for model in ready if model.stands], list[Ready]()
