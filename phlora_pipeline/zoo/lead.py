@@ -91,7 +91,11 @@ class Lead:
         model = self._models[job.model]
         if isinstance(outcome, Published):
             self._run.event(
-                "published", model=job.model, seconds=round(outcome.seconds, 4), storage=traffic_record(outcome.traffic)
+                "published",
+                model=job.model,
+                latest=outcome.moved,
+                seconds=round(outcome.seconds, 4),
+                storage=traffic_record(outcome.traffic),
             )
             for warning in outcome.warnings:
                 self._observer.warn(f"{job.model}: {warning}")
