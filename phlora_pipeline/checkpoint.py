@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,6 +50,7 @@ class Checkpoint:
         tensors: by name; scales are a part of their weights.
         config: `config.json`; empty where there is none.
         fingerprint: sha256 (hex) of what identifies its bytes; the URL has no part in it.
+        listed: what `look` said of it when it was opened.
         matched: where its tensors go by another checkpoint's names, how these differ from its own, in words.
     """
 
@@ -57,6 +58,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorRef]
     config: Mapping[str, Any] = field(repr=False)
     fingerprint: str
+    listed: str = ""
     matched: str = ""
 
     @property
@@ -94,12 +96,12 @@ def open_checkpoint(url: str) -> Checkpoint:
             )
         if _PICKLE.match(url):
             raise _pickled(url)
-        files = {storage.basename(url): single}
+        name = storage.basename(url)
+        listed = _listed({name: single}, [name])
         # The model's config lies beside its file; ties and orientations are read there.
         config = storage.stat(storage.join(url.rpartition("/")[0], "config.json"))
-        if config is not None:
-            files["config.json"] = config
-        return _assemble(url, files, [storage.basename(url)], {})
+        files = {name: single} | ({"config.json": config} if config else {})
+        return _assemble(url, files, [name], {}, listed)
     if "adapter_config.json" in files:
         raise CheckpointError(
             f"{url} is a LoRA adapter, not a checkpoint",
@@ -107,7 +109,7 @@ def open_checkpoint(url: str) -> Checkpoint:
         )
     weight_map = _read_index(url, files)
     shards = sorted(set(weight_map.values())) if weight_map else [_single_file(url, files)]
-    return _assemble(url, files, shards, weight_map)
+    return _assemble(url, files, shards, weight_map, _listed(files, shards))
 
 
 def look(url: str) -> str:
@@ -128,7 +130,11 @@ def look(url: str) -> str:
         files = {storage.basename(url): single}
     weight_map = _read_index(url, files)
     shards = set(weight_map.values()) if weight_map else {_single_file(url, files)}
-    seen = [files[name] for name in sorted(shards | ({INDEX, "config.json"} & files.keys()))]
+    return _listed(files, shards)
+
+
+def _listed(files: Mapping[str, ObjectInfo], shards: Iterable[str]) -> str:
+    seen = [files[name] for name in sorted({*shards} | ({INDEX, "config.json"} & files.keys()))]
     lines = [f"{storage.basename(info.url)} {info.etag} {info.size}" for info in seen]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -207,7 +213,7 @@ def _read_index(url: str, files: Mapping[str, ObjectInfo]) -> dict[str, str]:
 
 
 def _assemble(
-    url: str, files: Mapping[str, ObjectInfo], shards: Sequence[str], weight_map: Mapping[str, str]
+    url: str, files: Mapping[str, ObjectInfo], shards: Sequence[str], weight_map: Mapping[str, str], listed: str
 ) -> Checkpoint:
     tensors: dict[str, TensorRef] = {}
     digests: dict[str, str] = {}
@@ -230,7 +236,7 @@ def _assemble(
             )
     config = _read_config(files["config.json"]) if "config.json" in files else {}
     tensors = _with_scales(url, tensors, config)
-    return Checkpoint(url, tensors, config, _fingerprint(files, shards, digests, tensors))
+    return Checkpoint(url, tensors, config, _fingerprint(files, shards, digests, tensors), listed)
 
 
 def _with_scales(url: str, tensors: dict[str, TensorRef], config: Mapping[str, Any]) -> dict[str, TensorRef]:

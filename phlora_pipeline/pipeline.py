@@ -17,6 +17,7 @@ from phlora_pipeline.errors import (
     NotFoundError,
     PhloraError,
     RequestError,
+    SourceChangedError,
 )
 from phlora_pipeline.extract import TaskReport, checked_device
 from phlora_pipeline.machine import available_memory, default_threads
@@ -171,18 +172,20 @@ def conclude(config: RunConfig, prepared: Prepared, lost: Mapping[str, str], run
     Raises:
         RequestError: it is no fine-tune of this base.
         ModelFailedError: a tensor failed; nothing is published.
+        SourceChangedError: another run has removed the parts, or somebody the checkpoint.
     """
     plan = prepared.plan
     try:
         reduction = reducer.reduce(plan, lost, dtype=config.dtype, base=prepared.base, tuned=prepared.tuned)
         warnings = (*_judge(reduction, config), *reduction.warnings, *_dropped(reduction))
         if reduction.failed and not (config.allow_partial and reduction.layout.slots):
+            reducer.drop_failed(reduction)
             raise _failed(reduction, run_url, config)
         outcome = _publish(config, prepared, reduction)
-    except NotFoundError:
+    except NotFoundError as error:
         # Parts that vanish have been published and cleaned up by another run of the same extraction.
-        if (found := standing(config, prepared)) is None:
-            raise
+        if (found := standing(config, prepared)) is None:  # with other ranks, say, or it failed
+            raise SourceChangedError(error.what, remedy="run again: what is not there is made anew") from error
         return found
     if not config.keep_parts:
         reducer.drop_parts(plan)

@@ -29,7 +29,7 @@ class Pool:
             worker: its class, with `prepare(device, threads)` → node id, `node()` → the same, and `run(task, prefetch)`.
 
         Raises:
-            DeviceError: there is nothing that a worker could run on, and no number of workers to wait for.
+            DeviceError: there is nothing that a worker could run on, and no number of workers to wait for, or no kind of them.
         """
         self._ray, self._resources = ray, resources
         gpus, cpus = self._there()
@@ -37,10 +37,13 @@ class Pool:
         # What asks for no device by name takes what its slot has: a node that says it has GPUs may have no CUDA in its torch.
         self._device = resources.device.partition(":")[0] if self._on_gpu else "cpu"
         self.wish = f"{resources.gpus:g} GPU" if self._on_gpu else f"{resources.threads} processors"
-        if not resources.workers and not self._fit():
+        unknown = (
+            resources.device == "auto" and not self._on_gpu
+        )  # of nodes that are to come nobody knows what they have
+        if not self._fit() and (not resources.workers or unknown):
             raise DeviceError(
                 f"the Ray cluster has {gpus:g} GPUs and {cpus:g} processors; one worker asks for {self.wish}",
-                remedy="lower --threads, use --device cpu, or say how many --workers to wait for while nodes come",
+                remedy="lower --threads; or, while nodes come, say which they are by --device cuda or cpu, and how many --workers to wait for",
             )
         # Unless it is said, Ray takes a processor for each worker with a GPU as well, and where these are scarce none is left for a desk.
         wanted = {"num_gpus": resources.gpus, "num_cpus": 0} if self._on_gpu else {"num_cpus": resources.threads}

@@ -233,6 +233,14 @@ def drop_parts(plan: Plan) -> None:
     storage.drop_empty_folder(plan.parts_folder.rpartition("/")[0])
 
 
+def drop_failed(reduction: Reduction) -> None:
+    """Remove the parts in which a tensor failed: whoever runs again means to try it again, on another device perhaps."""
+    failed = {row.tensor for row in reduction.failed}
+    for member in (member for task in reduction.plan.tasks for member in task.members):
+        if any(pair.name in failed for pair in member.block.pairs):
+            storage.delete(member.part_url)
+
+
 def weights_of(reduction: Reduction) -> Weights:
     """The parts' factors, cut and filled as the adapter's layout says."""
     items = reduction.layout.in_file_order(reduction.dtype)

@@ -166,9 +166,11 @@ class TestRun:
             "error: 2 models are due, more than limits.max_models_due (1): 2 × new",
             "  fix: look at phlora plan; if it is meant, pass --yes or raise the limit",
         ]
+        assert "warning: 2 models are due, more than limits.max_models_due (1): 2 × new" in a_zoo("plan").out
         assert not a_zoo.out.exists()
         assert a_zoo("run", "--json").json["exit_code"] == 2
         assert a_zoo("run", "--yes").code == 0
+        assert a_zoo("plan", "--json").json["needs_yes"] == ""
 
     @pytest.mark.parametrize("command", ["run", "status", "gc", "plan"])
     def test_a_wrong_zoo_file_is_told_by_line_and_nothing_is_done(self, a_zoo: Zoo, command: str) -> None:

@@ -23,7 +23,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from phlora_pipeline import doctor
+from phlora_pipeline import doctor, driver
 from phlora_pipeline.doctor import Finding, cluster, here
 from phlora_pipeline.zoo import gc
 from phlora_pipeline.zoofile import RunSettings
@@ -312,6 +312,25 @@ def test_where_others_do_the_work_no_device_is_asked_for_here(monkeypatch: pytes
     assert (cluster.dashboard_of(""), cluster.dashboard_of("http://a")) == ("", "http://a")
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     assert cluster.dashboard_of("") == "http://head:8265"
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "state", "told"),
+    [
+        ("auto", 0, "warning", "`auto` would use processors"),
+        ("auto", 8, "ok", "8 GPUs"),
+        ("cpu", 0, "ok", "4 processors"),
+        ("cuda", 0, "wrong", "one worker asks for 1 GPU"),
+    ],
+)
+def test_a_cluster_without_gpus_is_told_to_whom_it_matters(
+    device: str, gpus: float, state: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    monkeypatch.setattr(driver, "look", lambda: driver.Seen("2.60.0", 1, gpus, 4, ()))
+    [found] = cluster.of_ray("", RunSettings(engine="ray", device=device))
+    assert found.state == state
+    assert told in found.told
 
 
 def test_few_descriptors_and_a_missing_folder() -> None:

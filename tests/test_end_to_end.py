@@ -525,8 +525,11 @@ class TestFailedTensors:
         out = tmp_path / "out"
         with pytest.raises(ModelFailedError):
             runs.extract(*broken, out, dialect=dialect)
-        result = runs.extract(*broken, out, dialect=dialect, allow_partial=True)
-        assert (result.outcome, result.read_bytes, result.summary.failed) == ("committed", 0, 1)
+        watcher = runs.Watcher()
+        result = runs.extract(*broken, out, observer=watcher, dialect=dialect, allow_partial=True)
+        assert (result.outcome, result.summary.failed) == ("committed", 1)
+        tried_again = [report for report in watcher.reports if not report.reused]  # what failed, and nothing else
+        assert [report.failed for report in tried_again] == [(self.NAME,)]
         assert self.NAME in (out / "README.md").read_text()
         tensors = load_file(out / WEIGHTS)
         assert all(value.isfinite().all() for value in tensors.values())

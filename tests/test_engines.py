@@ -499,6 +499,8 @@ class TestRay:
         [
             ({"device": "cuda"}, "has 0 GPUs and 2 processors; one worker asks for 1 GPU"),
             ({"threads": 3}, "2 processors; one worker asks for 3"),
+            # Not to be waited for: which kind of node it is that will come, `auto` cannot know.
+            ({"threads": 3, "workers": 1, "device": "auto"}, "2 processors; one worker asks for 3"),
         ],
     )
     def test_what_the_cluster_cannot_give_is_said_before_any_work(

@@ -234,12 +234,13 @@ def gc(
 ) -> None:
     """Find what may go: parts that no run goes on with, versions beyond `keep`, uploads that were never finished.
 
-    Never anything that is served, pinned or younger than two days by the store's clock. Nothing is removed without --yes.
+    Never anything that is served, pinned or younger than two days by the store's clock; with `run.keep_parts` no parts of
+    a version that is there. Nothing is removed without --yes.
     """
     config = _load(zoo)
     with loading():
         from phlora_pipeline.zoo import gc as collecting
-    found = collecting.collect(config.output, config.keep, delete=yes)
+    found = collecting.collect(config.output, config.keep, keep_parts=config.run.keep_parts, delete=yes)
     if json_output:
         total = sum(item.bytes for item in found)
         render.json_object({"removed": yes, "bytes": total, "garbage": [asdict(item) for item in found]})

@@ -61,4 +61,6 @@ def _joined(run: RunSettings) -> str | Worry:
                 remedy="run.device: cpu, or say by run.workers how many to wait for while nodes come",
             )
         return Worry(f"{told}; {run.workers} workers would be waited for", "may the cluster scale up to GPU nodes?")
+    if run.device == "auto" and not seen.gpus:
+        return Worry(f"{told}; `auto` would use processors", "run.device: cuda, if GPU nodes are to come; else cpu")
     return told

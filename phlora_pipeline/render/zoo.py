@@ -45,6 +45,10 @@ def show_forecast(forecast: Forecast) -> None:
         line(f"due: {count} × {reason}")
     for model, reason in forecast.refused.items():
         _told("would fail", model, reason, "")
+    for model, reason in forecast.waiting.items():
+        _told("would wait", model, reason, "")
+    if forecast.needs_yes:
+        line(f"warning: {forecast.needs_yes}: phlora run converts none of them without --yes")
     if forecast.deferred:
         line(f"deferred to a later night, by the limits: {_some(forecast.deferred)}")
     if not forecast.models:

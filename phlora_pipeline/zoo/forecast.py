@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from phlora_pipeline.errors import RequestError
+from phlora_pipeline.errors import IncompleteError, RequestError
 from phlora_pipeline.lowrank import PROFILES, Profile, Solver
 from phlora_pipeline.plan import Task
 from phlora_pipeline.zoo.catalog import catalog
-from phlora_pipeline.zoo.night import cohort_tasks
+from phlora_pipeline.zoo.night import require_allowed
 from phlora_pipeline.zoo.prepare import Ready, prepare
 from phlora_pipeline.zoo.standing import Standing, standings
 from phlora_pipeline.zoo.state import Ledger
@@ -96,6 +96,7 @@ class Forecast:
         cluster: that was assumed.
         models: that would be converted, by id.
         refused: id → why it would fail at once.
+        waiting: id → what of its upload is not all there.
         deferred: ids beyond the limits.
         states: how many models stand how.
         tasks, cohorts: of the night.
@@ -107,11 +108,13 @@ class Forecast:
         gpu_bytes: that the largest tensor takes of them.
         sliced: tensor → the bytes that it would take and that are not there: it is formed slice by slice, or on the
             processor, and takes longer than is told here.
+        needs_yes: why the night would not begin without `--yes`; empty where it would.
     """
 
     cluster: Cluster
     models: tuple[ModelForecast, ...]
     refused: dict[str, str]
+    waiting: dict[str, str]
     deferred: tuple[str, ...]
     states: dict[str, int]
     tasks: int
@@ -123,6 +126,7 @@ class Forecast:
     gpu_memory: float | None
     gpu_bytes: int
     sliced: dict[str, int]
+    needs_yes: str
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -142,8 +146,9 @@ def forecast(config: ZooConfig, cluster: Cluster) -> Forecast:
         )
     profile = PROFILES[cluster.profile]
     found = standings(catalog(config), Ledger.read(config.output))
-    made = prepare(config, [standing for standing in found if standing.state == "due"])
-    tasks = cohort_tasks(config, made.ready, cluster.workers)
+    due = [standing for standing in found if standing.state == "due"]
+    made = prepare(config, due, cluster.workers)
+    tasks = made.tasks
     compute: dict[str, float] = {solver: sum(_seconds(task, solver, profile) for task in tasks) for solver in SOLVERS}
     read = sum(task.nbytes for task in tasks)
     seconds: dict[str, float] = {solver: _night(tasks, solver, profile, cluster) for solver in SOLVERS}
@@ -153,7 +158,8 @@ def forecast(config: ZooConfig, cluster: Cluster) -> Forecast:
     return Forecast(
         cluster,
         tuple(_model(ready, profile) for ready in sorted(made.ready, key=lambda ready: ready.id)),
-        {standing.entry.id: error.what for standing, error in made.refused},
+        {standing.entry.id: error.what for standing, error in made.refused if not isinstance(error, IncompleteError)},
+        {standing.entry.id: error.what for standing, error in made.refused if isinstance(error, IncompleteError)},
         tuple(sorted(standing.entry.id for standing in made.deferred)),
         _states(found),
         len(tasks),
@@ -165,7 +171,16 @@ def forecast(config: ZooConfig, cluster: Cluster) -> Forecast:
         cluster.memory,
         max(needed.values(), default=0),
         {name: nbytes for name, nbytes in needed.items() if nbytes > room},
+        _needs_yes(config, due),
     )
+
+
+def _needs_yes(config: ZooConfig, due: Sequence[Standing]) -> str:
+    try:
+        require_allowed(config, due, yes=False)
+    except RequestError as error:
+        return error.what
+    return ""
 
 
 def _device_bytes(tasks: Sequence[Task], profile: Profile) -> dict[str, int]:

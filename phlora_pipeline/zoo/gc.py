@@ -12,6 +12,8 @@ counts as abandoned, and goes the next time.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,13 +66,20 @@ class _Model:
 
 
 def collect(
-    out: str, keep: int, *, min_age_seconds: float = 2 * 86400, delete: bool = False, now: float | None = None
+    out: str,
+    keep: int,
+    *,
+    keep_parts: bool = False,
+    min_age_seconds: float = 2 * 86400,
+    delete: bool = False,
+    now: float | None = None,
 ) -> list[Garbage]:
     """Find what may go; with `delete`, remove it. What is returned may go, or has gone.
 
     Args:
         out: the zoo's output.
         keep: superseded versions that are left to each model.
+        keep_parts: leave the parts that a version was made of as long as the version.
         min_age_seconds: what is younger is left alone.
         delete: remove it.
         now: by the store's clock, in seconds since the epoch; asked for where it is not given.
@@ -81,7 +90,7 @@ def collect(
     if keep < 0:
         raise RequestError(f"keep must be 0 or more, not {keep}", remedy="set `keep` in zoo.yaml")
     oldest = (storage.clock(out) if now is None else now) - min_age_seconds
-    sweep = _Sweep(out, keep, oldest, min_age_seconds)
+    sweep = _Sweep(out, keep, keep_parts, oldest, min_age_seconds)
     found = [*sweep.parts(), *sweep.versions(), *sweep.uploads()]
     return [item.garbage for item in found if not delete or item.remove()]
 
@@ -93,12 +102,14 @@ class _Sweep:
     Attributes:
         out: the zoo's output.
         keep: superseded versions per model.
+        keep_parts: whether versions keep the parts that they were made of.
         oldest: what was written after this moment is left alone.
         min_age: the seconds between that and now.
     """
 
     out: str
     keep: int
+    keep_parts: bool
     oldest: float
     min_age: float
 
@@ -111,8 +122,9 @@ class _Sweep:
             extraction, _, part = rest.partition("/")
             if layout.is_model(model) and layout.is_version(extraction) and part and "/" not in part:
                 found.setdefault(info.url.rpartition("/")[0], []).append(info)
+        kept = self._made_of({url.rsplit("/", 2)[1] for url in found}) if self.keep_parts else set()
         for url, infos in sorted(found.items()):
-            if self._is_old(infos):
+            if self._is_old(infos) and url not in kept:
                 garbage = self._garbage(url, infos, "parts that no run has gone on with")
                 yield _Found(garbage, partial(self._remove_parts, url))
 
@@ -150,6 +162,17 @@ class _Sweep:
                 garbage = Garbage(upload.url, upload.size, "an upload that was never finished", age)
                 yield _Found(garbage, partial(_abort, upload))
 
+    def _made_of(self, models: Iterable[str]) -> set[str]:
+        """Folders of parts that the models' committed versions were made of."""
+        found = set()
+        for model in models:
+            for version in latest.versions(self.out, model):
+                run = storage.stat(storage.join(version.url, layout.RUN))
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # no record of ours: it names nothing
+                    told = json.loads(storage.read_object(run, limit=layout.SMALL) if run else b"{}")
+                    found.add(storage.join(self.out, layout.PARTS, model, told["extraction_id"]))
+        return found
+
     def _is_old(self, infos: Iterable[ObjectInfo]) -> bool:
         return _youngest(infos) <= self.oldest
 
@@ -186,7 +209,7 @@ def _superseded(model: _Model, pointer: Latest | None, keep: int) -> frozenset[s
     if pointer is None:
         return frozenset()
     dated = {version: config.modified for version in model.versions if (config := model.committed(version))}
-    newest = dated.get((pointer.newest or pointer).version)
+    newest = dated.get(latest.newest(pointer).version)
     older = [version for version, at in dated.items() if newest is not None and at <= newest]
     candidates = sorted(set(older) - _served(pointer), key=lambda version: (dated[version], version), reverse=True)
     return frozenset(candidates[keep:])
@@ -194,7 +217,7 @@ def _superseded(model: _Model, pointer: Latest | None, keep: int) -> frozenset[s
 
 def _served(pointer: Latest | None) -> set[str]:
     """Versions that a pointer names: the served one, and the one that waits behind a pin."""
-    return set() if pointer is None else {pointer.version, (pointer.newest or pointer).version}
+    return set() if pointer is None else {pointer.version, latest.newest(pointer).version}
 
 
 def _models(out: str) -> list[_Model]:

@@ -77,6 +77,11 @@ def read(out: str, model: str) -> Latest | None:
     return _look(out, model)[1]
 
 
+def newest(pointer: Latest) -> Head:
+    """The version that is served, or that waits behind the pin."""
+    return pointer.newest or _head(pointer)
+
+
 def advance(out: str, model: str, version: str, request: str, began: str) -> Literal["moved", "kept", "pinned"]:
     """Serve a committed version, unless that of a run that began later is served already, or the model is pinned.
 
@@ -91,8 +96,7 @@ def advance(out: str, model: str, version: str, request: str, began: str) -> Lit
     def moved(seen: Latest | None) -> Latest | None:
         if seen is None:
             return _at(head)
-        newest = seen.newest or _head(seen)
-        if layout.moment(began) <= layout.moment(newest.began):
+        if layout.moment(began) <= layout.moment(newest(seen).began):
             return seen
         return replace(seen, newest=head) if seen.pinned else _at(head)
 
@@ -119,9 +123,9 @@ def rollback(out: str, model: str, version: str) -> Latest:
     request = named[-1].request if named else ""
 
     def pinned(seen: Latest | None) -> Latest:
-        newest = Head(version, request, "") if seen is None else seen.newest or _head(seen)
-        chosen = newest if newest.version == version else Head(version, request, "")
-        return replace(_at(chosen), pinned=True, newest=newest)
+        last = Head(version, request, "") if seen is None else newest(seen)
+        chosen = last if last.version == version else Head(version, request, "")
+        return replace(_at(chosen), pinned=True, newest=last)
 
     after = _change(out, model, pinned)[1]
     assert after is not None
@@ -130,7 +134,7 @@ def rollback(out: str, model: str, version: str) -> Latest:
 
 def unpin(out: str, model: str) -> Latest | None:
     """Serve what was published last, and follow what is published from now on; None where nothing is published."""
-    return _change(out, model, lambda seen: _at(seen.newest or _head(seen)) if seen and seen.pinned else seen)[1]
+    return _change(out, model, lambda seen: _at(newest(seen)) if seen and seen.pinned else seen)[1]
 
 
 def versions(out: str, model: str) -> list[Version]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
-from phlora_pipeline import checkpoint, reducer
+from phlora_pipeline import reducer
 from phlora_pipeline.dispatch import Dispatcher
 from phlora_pipeline.engine import Job, words
 from phlora_pipeline.errors import CredentialsError, IncompleteError, PhloraError, SourceChangedError, StorageError
@@ -19,7 +18,7 @@ from phlora_pipeline.zoo import state
 from phlora_pipeline.zoo.prepare import Ready, plan_one
 from phlora_pipeline.zoo.publish import Publish, Published
 from phlora_pipeline.zoo.result import ModelResult, Observer
-from phlora_pipeline.zoo.standing import Standing, asked_of, request_id
+from phlora_pipeline.zoo.standing import Standing
 from phlora_pipeline.zoofile import ZooConfig
 
 _TRIES = 2
@@ -92,7 +91,11 @@ class Lead:
         model = self._models[job.model]
         if isinstance(outcome, Published):
             self._run.event(
-                "published", model=job.model, seconds=round(outcome.seconds, 4), storage=traffic_record(outcome.traffic)
+                "published",
+                model=job.model,
+                latest=outcome.moved,
+                seconds=round(outcome.seconds, 4),
+                storage=traffic_record(outcome.traffic),
             )
             for warning in outcome.warnings:
                 self._observer.warn(f"{job.model}: {warning}")
@@ -175,26 +178,15 @@ class Lead:
         old = self._models[model]
         reducer.drop_parts(old.prepared.plan)
         made: Ready | PhloraError = error
-        standing = old.standing
         if self._again(f"read {model}"):
-            standing = self._looked_again(standing)
-            made = plan_one(self._config, standing)
+            made = plan_one(self._config, old.standing)
         if isinstance(made, Ready):
             self._run.event("retry", model=model, reason=error.what, died=False)
             self.expect([made])
             if not made.stands:
                 queue.add(made.prepared.plan.tasks)
         else:
-            self.refuse(standing, made if isinstance(made, IncompleteError) else _changed(made))
-
-    def _looked_again(self, standing: Standing) -> Standing:
-        entry = standing.entry
-        try:
-            base, tuned = checkpoint.look(entry.base_url), checkpoint.look(entry.url)
-        except PhloraError:  # planning will say it
-            return standing
-        asked = asked_of(base, tuned, entry.settings, entry.base_name)
-        return replace(standing, request=request_id(asked), asked=asked)
+            self.refuse(old.standing, made if isinstance(made, IncompleteError) else _changed(made))
 
     def _attempt(self, standing: Standing, kind: Any, reason: str, remedy: str) -> None:
         run = self._run.url.rpartition("/")[2]

@@ -16,12 +16,11 @@ from phlora_pipeline.engine import Resources
 from phlora_pipeline.errors import PhloraError, RequestError
 from phlora_pipeline.extract import checked_device
 from phlora_pipeline.machine import default_threads
-from phlora_pipeline.plan import Task, in_cohorts
 from phlora_pipeline.runlog import Run
 from phlora_pipeline.zoo import dataset
 from phlora_pipeline.zoo.catalog import catalog
 from phlora_pipeline.zoo.lead import Lead
-from phlora_pipeline.zoo.prepare import Ready, prepare
+from phlora_pipeline.zoo.prepare import prepare
 from phlora_pipeline.zoo.result import FAILURES, STOPPED, ModelResult, NightResult, Observer
 from phlora_pipeline.zoo.standing import Standing, standings
 from phlora_pipeline.zoo.state import Ledger
@@ -100,25 +99,20 @@ def _converted(
 ) -> dict[str, ModelResult]:
     lead = Lead(config, run, observer, stopping)
     began = time.monotonic()
-    prepared = prepare(config, due)
+    workers = 1 if config.run.engine == "local" else config.run.workers or _WORKERS
+    prepared = prepare(config, due, workers, stopping)
     run.stage("prepare", time.monotonic() - began)
     for standing, error in prepared.refused:
         lead.refuse(standing, error)
+    why = "the run was stopped before it was planned" if stopping() else "beyond the limits of one run"
     for standing in prepared.deferred:
-        lead.end(standing.entry.id, "deferred", "beyond the limits of one run; it will be due again")
+        lead.end(standing.entry.id, "deferred", f"{why}; it will be due again")
     lead.expect(prepared.ready)
-    workers = 1 if config.run.engine == "local" else config.run.workers or _WORKERS
-    tasks = cohort_tasks(config, prepared.ready, workers)
+    tasks = prepared.tasks
     observer.planned(tasks, len(prepared.ready))
     driver.engine(config.run.engine, config.run.device, len(tasks))(tasks, resources, lead)
     lead.defer_the_rest()
     return lead.results
-
-
-def cohort_tasks(config: ZooConfig, ready: Sequence[Ready], workers: int) -> tuple[Task, ...]:
-    """All tasks of the models that do not stand already, for so many workers."""
-    models = {model.id: model.prepared.plan.tasks for model in ready if not model.stands}
-    return in_cohorts(models, config.run.share_base, workers) if models else ()
 
 
 def _resources(config: ZooConfig) -> Resources:

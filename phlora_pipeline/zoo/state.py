@@ -90,10 +90,14 @@ class _Records:
 
 
 class Ledger:
-    """All records under one output, as they lay there at one moment: a listing, and their contents as they are asked for."""
+    """All records under one output, as they lay there at one moment: a listing, and their contents as they are asked for.
 
-    def __init__(self, listed: Mapping[str, tuple[ObjectInfo, ...]]) -> None:
-        self._listed = listed
+    Attributes:
+        out: URL of the output.
+    """
+
+    def __init__(self, out: str, listed: Mapping[str, tuple[ObjectInfo, ...]]) -> None:
+        self.out, self._listed = out, listed
         self._read: dict[str, _Records] = {}
 
     @classmethod
@@ -105,7 +109,7 @@ class Ledger:
             model, _, rest = info.url.removeprefix(f"{root}/").partition("/")
             if layout.is_model(model) and _named(rest.partition("/")[2]):
                 listed.setdefault(model, []).append(info)
-        return cls({model: tuple(infos) for model, infos in listed.items()})
+        return cls(out, {model: tuple(infos) for model, infos in listed.items()})
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -161,7 +161,10 @@ class RunSettings(Strict):
         default=False, description="publish a model with failed tensors, naming them in its card"
     )
     force: bool = Field(default=False, description="publish even where the fine-tune hardly resembles its base")
-    keep_parts: bool = Field(default=False, description="do not remove intermediate results after publishing")
+    keep_parts: bool = Field(
+        default=False,
+        description="leave intermediate results as long as their version: another rank or dialect needs no second SVD",
+    )
 
     @field_validator("gpus_per_worker")
     @classmethod

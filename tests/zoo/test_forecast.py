@@ -87,13 +87,17 @@ def test_the_full_decomposition_is_told_beside_ours(tmp_path: Path) -> None:
 
 def test_what_would_fail_or_wait_is_named(zoo: Zoo) -> None:
     zoo.add("other", toys.llama_tensors(hidden=48))
+    weights = zoo.add("short", toys.fine_tuned(nights.tensors(), seed=4)) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
     told = forecast(zoo.config(limits={"max_models": 2}), Cluster())
     assert len(told.models) + len(told.refused) == 2
     assert told.deferred
     everything = forecast(zoo.config(), Cluster())
     assert list(everything.refused) == ["other"]
     assert "different architectures" in everything.refused["other"]
-    assert json.loads(json.dumps(everything.as_dict()))["states"] == {"due": 4}
+    assert list(everything.waiting) == ["short"]
+    assert "truncated" in everything.waiting["short"]
+    assert json.loads(json.dumps(everything.as_dict()))["states"] == {"due": 5}
 
 
 def test_a_gpu_that_is_too_small_is_told_with_the_tensors_that_are_too_large(zoo: Zoo) -> None:

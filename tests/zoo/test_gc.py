@@ -15,8 +15,9 @@ from phlora_pipeline import storage
 from phlora_pipeline.errors import ConflictError, RequestError, StorageError, UnsupportedStoreError
 from phlora_pipeline.zoo import dataset, gc, latest, layout, state
 from phlora_pipeline.zoo.gc import Garbage
+from tests import toys
 from tests.s3_server import BUCKET, S3
-from tests.zoo import shelf
+from tests.zoo import nights, shelf
 
 MODEL = shelf.MODEL
 DAY = 86400
@@ -244,6 +245,19 @@ class TestParts:
         self.put(out, f"{EXTRACTION}/b.safetensors")
         assert list(told(gc.collect(out, 0, delete=True), out)) == [f"_parts/{MODEL}/{'f' * 32}"]
         assert shelf.names(f"{out}/_parts/{MODEL}") == [f"{EXTRACTION}/a.safetensors", f"{EXTRACTION}/b.safetensors"]
+
+    def test_those_that_a_version_was_made_of_stay_with_it_where_that_is_asked_for(self, tmp_path: Path) -> None:
+        zoo = nights.Zoo(tmp_path / "zoo", out := str(tmp_path / "out"))
+        zoo.add("m", toys.fine_tuned(zoo.add_base()))
+        zoo.night(run={**nights.PLAIN, "keep_parts": True})
+        [made_of] = storage.list_folders(f"{out}/_parts/m")
+        storage.put_new(f"{out}/_parts/m/{EXTRACTION}/a.safetensors", b"of a run that was given up")
+        found = gc.collect(out, 0, keep_parts=True, delete=True, now=after(out, 9))
+        assert list(told(found, out)) == [f"_parts/m/{EXTRACTION}"]
+        [version] = latest.versions(out, "m")
+        storage.delete(storage.join(version.url, layout.CONFIG))
+        left = told(gc.collect(out, 0, keep_parts=True, now=after(out, 9)), out)
+        assert made_of.removeprefix(f"{out}/") in left, "no version is made of them any more"
 
     def test_those_that_a_run_goes_on_with_after_they_were_found_stay(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

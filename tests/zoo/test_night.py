@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from phlora_pipeline import storage
+from phlora_pipeline import lowrank, storage
 from phlora_pipeline.errors import RequestError
 from phlora_pipeline.zoo import latest, layout, state
+from phlora_pipeline.zoo.result import NightResult
 from tests import toys
 from tests.zoo import nights
 from tests.zoo.nights import Watcher, Zoo, of, states, watched_writes
@@ -85,6 +87,13 @@ def test_one_new_and_one_replaced_are_exactly_what_is_converted(zoo: Zoo, shards
     assert len(latest.versions(zoo.out, "m2")) == 2
 
 
+def served(zoo: Zoo, result: NightResult | None = None) -> dict[str, str]:
+    """Model → the version that its pointer names, after a night that went well."""
+    assert result is None or result.exit_code == 0
+    found = {path.parent.name: latest.read(zoo.out, path.parent.name) for path in Path(zoo.out).glob("*/latest.json")}
+    return {model: pointer.version for model, pointer in sorted(found.items()) if pointer}
+
+
 def test_a_checkpoint_that_equals_its_base_is_settled_without_an_adapter(zoo: Zoo) -> None:
     zoo.add("same", nights.tensors())
     first, second = zoo.night(), zoo.night()
@@ -93,7 +102,7 @@ def test_a_checkpoint_that_equals_its_base_is_settled_without_an_adapter(zoo: Zo
     assert not any(name.endswith((layout.CONFIG, layout.LATEST)) for name in nights.names(zoo.out))
 
 
-def test_other_settings_make_a_model_due_and_a_moved_pointer(zoo: Zoo) -> None:
+def test_other_settings_make_a_model_due_and_the_former_ones_again_serve_what_stands(zoo: Zoo) -> None:
     for seed in (1, 2):
         zoo.add(f"m{seed}", toys.fine_tuned(nights.tensors(), seed=seed))
     first = zoo.night()
@@ -102,8 +111,31 @@ def test_other_settings_make_a_model_due_and_a_moved_pointer(zoo: Zoo) -> None:
     assert states(second) == {"m1": "published", "m2": "committed"}
     assert "settings" in watcher.standings["m2"].reason
     assert of(second, "m2").version != of(first, "m2").version
+    assert served(zoo) == {"m1": of(first, "m1").version, "m2": of(second, "m2").version}
     back = zoo.night()
-    assert (back.exit_code, back.run, of(back, "m2").version) == (0, "", of(first, "m2").version)
+    assert (back.exit_code, back.read_bytes, states(back)) == (0, 0, {"m1": "published", "m2": "committed"})
+    assert served(zoo) == {"m1": of(first, "m1").version, "m2": of(first, "m2").version}
+    assert zoo.night().run == ""
+
+
+def test_a_pin_holds_though_another_version_is_asked_for_again(zoo: Zoo) -> None:
+    zoo.add("m1", toys.fine_tuned(nights.tensors()))
+    versions = [of(zoo.night(extract={"rank": rank, "dtype": "float32"}), "m1").version for rank in (4, 2)]
+    latest.rollback(zoo.out, "m1", versions[1])
+    assert zoo.night().counts == {"committed": 1}
+    assert served(zoo) == {"m1": versions[1]}
+    assert zoo.night().run == ""
+    latest.unpin(zoo.out, "m1")
+    assert served(zoo) == {"m1": versions[0]}
+
+
+def test_a_lost_pointer_is_put_back(zoo: Zoo) -> None:
+    zoo.add("m1", toys.fine_tuned(nights.tensors()))
+    before = served(zoo, zoo.night())
+    storage.delete(storage.join(zoo.out, "m1", layout.LATEST))
+    again = zoo.night()
+    assert (served(zoo, again), again.read_bytes) == (before, 0)
+    assert zoo.night().run == ""
 
 
 def test_a_moved_prefix_makes_nothing_due(zoo: Zoo) -> None:
@@ -177,6 +209,25 @@ def test_two_failures_are_a_quarantine_until_the_source_or_somebody_says_so(zoo:
     assert (of(fourth, "poison").state, of(fourth, "stranger").state) == ("failed", "quarantined")
     zoo.add("stranger", toys.fine_tuned(nights.tensors(), seed=6))
     assert of(zoo.night(), "stranger").state == "committed"
+
+
+def test_what_failed_is_computed_again_and_nothing_else(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device may be at fault: a second attempt that found the first one's failure in its part would be none."""
+    zoo.add("m1", toys.fine_tuned(nights.tensors()))
+    real = lowrank.decompose
+
+    def faulty(sides: Any, names: Any, *others: Any) -> list[lowrank.Outcome]:
+        found = real(sides, names, *others)
+        return [replace(one, factors=None, failure="it broke") if "down_proj" in name else one for one, name in zip(found, names, strict=True)]  # fmt: skip
+
+    with monkeypatch.context() as broken:
+        broken.setattr(lowrank, "decompose", faulty)
+        assert "it broke" in of(zoo.night(), "m1").reason
+    watcher = Watcher()
+    assert zoo.night(watcher).counts == {"committed": 1}
+    again = [report for report in watcher.reports if not report.reused]
+    assert [(report.tensors, report.failed) for report in again] == [(1, ())]
+    nights.require_whole(zoo.out)
 
 
 def test_what_was_incomplete_is_converted_once_it_is_whole_and_was_nobodys_failure(zoo: Zoo) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from phlora_pipeline.zoo.standing import Standing
 from tests import toys
 from tests.zoo import nights
 from tests.zoo.nights import Watcher, Zoo, of, states
@@ -51,6 +52,34 @@ def test_a_checkpoint_replaced_while_it_is_read_is_converted_as_it_is_now(
     calm = Zoo(zoo.root, str(tmp_path / "calm"))
     calm.night()
     assert nights.left_behind(zoo.out) == nights.left_behind(calm.out)
+
+
+@pytest.mark.parametrize("which", ["fine-tune", "base"])
+def test_the_record_names_what_was_converted_though_it_was_replaced_since_it_was_looked_at(
+    zoo: Zoo, which: str
+) -> None:
+    """Otherwise the former checkpoint, should it come back, would pass for published, with another one's adapter."""
+    base = nights.tensors()
+    zoo.add("m1", toys.fine_tuned(base))
+    place = zoo.root / ("tuned/m1" if which == "fine-tune" else "bases/b")
+    moved = {name: tensor + 1e-3 for name, tensor in base.items()}
+    watcher = Watcher()
+    real = watcher.looked
+
+    def replaced(standings: Sequence[Standing]) -> None:
+        real(standings)
+        place.rename(zoo.root / "former")
+        toys.save(place, toys.fine_tuned(base, seed=5) if which == "fine-tune" else moved)
+
+    watcher.looked = replaced  # type: ignore[method-assign]
+    first = zoo.night(watcher)
+    assert states(first) == {"m1": "committed"}
+    assert zoo.night().run == ""  # what it is now is settled
+    shutil.rmtree(place)
+    (zoo.root / "former").rename(place)
+    again = zoo.night()
+    assert states(again) == {"m1": "committed"}
+    assert of(again, "m1").version != of(first, "m1").version
 
 
 def test_a_checkpoint_that_goes_on_changing_is_left_for_the_next_night(zoo: Zoo) -> None:

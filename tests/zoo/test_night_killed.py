@@ -13,6 +13,7 @@ import pytest
 
 from phlora_pipeline import parts, reducer, storage
 from phlora_pipeline.zoo import layout
+from phlora_pipeline.zoo.publish import Publish, Published
 from tests import toys
 from tests.zoo import nights
 from tests.zoo.nights import Stopped, Watcher, Zoo, states, watched_writes
@@ -134,6 +135,25 @@ def test_a_part_that_another_night_takes_away_is_made_again(tmp_path: Path, monk
     monkeypatch.setattr(parts, "load", gone)
     assert zoo.night().counts == {"committed": 2, "nothing_to_adapt": 1}
     assert taken
+    nights.require_whole(zoo.out)
+
+
+def test_parts_that_another_night_takes_away_before_they_are_published_are_nobodys_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the same extraction with other ranks, say; or its tensor failed there, too."""
+    zoo = small_zoo(tmp_path / "zoo", tmp_path / "out")
+    real = Publish.run
+
+    def late(job: Publish) -> Published:
+        if job.model == "two":
+            reducer.drop_parts(job.prepared.plan)
+        return real(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Publish, "run", late)
+        assert states(zoo.night()) == {"one": "committed", "same": "nothing_to_adapt", "two": "changed"}
+    assert states(zoo.night()) == {"one": "published", "same": "unchanged", "two": "committed"}
     nights.require_whole(zoo.out)
 
 

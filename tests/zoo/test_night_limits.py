@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from phlora_pipeline import storage
 from phlora_pipeline.errors import RequestError
-from phlora_pipeline.zoo import lead, state
+from phlora_pipeline.zoo import lead, prepare, state
 from phlora_pipeline.zoo.publish import Publish, Published
 from phlora_pipeline.zoo.result import STOPPED
+from phlora_pipeline.zoo.standing import Standing
+from phlora_pipeline.zoofile import ZooConfig
 from tests import toys
 from tests.zoo import nights
 from tests.zoo.nights import Watcher, Zoo, of, states, watched_writes
@@ -57,10 +61,10 @@ def test_failures_do_not_keep_others_from_their_turn(zoo: Zoo) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("share", ["max", "off"])
+@pytest.mark.parametrize("share", ["max", "off", "auto"])
 @pytest.mark.parametrize("models", [2, 3])
 def test_max_bytes_are_not_exceeded(zoo: Zoo, share: str, models: int) -> None:
-    """Of the base too, which is read once or for each."""
+    """Of the base too, which is read once or for each: for each with `auto`, too, where computing takes so much longer."""
     bases = 1 if share == "max" else models
     limit = (models + bases) * CHECKPOINT
     result = zoo.night(limits={"max_bytes": limit}, run={**nights.PLAIN, "share_base": share})
@@ -134,6 +138,24 @@ def test_a_night_that_is_stopped_goes_on_from_its_parts(zoo: Zoo, tmp_path: Path
     calm = Zoo(zoo.root, str(tmp_path / "calm"))
     calm.night(run=run)
     assert nights.left_behind(zoo.out) == nights.left_behind(calm.out)
+
+
+def test_one_that_is_stopped_while_it_plans_plans_no_further(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers of thousands of models take longer than Ray waits before it kills."""
+    opened: list[str] = []
+    monkeypatch.setattr(prepare, "_OPENERS", 1)
+    real = prepare.plan_one
+
+    def noted(config: ZooConfig, standing: Standing, *others: Any) -> Any:
+        opened.append(standing.entry.id)
+        time.sleep(0.1)  # so long the main thread has to say that it is enough
+        return real(config, standing, *others)
+
+    monkeypatch.setattr(prepare, "plan_one", noted)
+    result = zoo.night(stopping=lambda: bool(opened))
+    assert (result.exit_code, result.counts, result.read_bytes) == (STOPPED, {"deferred": 5}, 0)
+    assert len(opened) < 5
+    assert "before it was planned" in of(result, "m5").reason
 
 
 def test_one_stopped_before_it_began_converts_nothing_and_blames_nobody(zoo: Zoo) -> None:

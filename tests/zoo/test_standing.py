@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from phlora_pipeline import storage
+from phlora_pipeline.lowrank import PROFILES
 from phlora_pipeline.zoo.catalog import catalog
 from phlora_pipeline.zoo.standing import Standing, asked_of, request_id, standings
 from phlora_pipeline.zoo.state import Ledger
@@ -97,12 +99,25 @@ def test_no_shard_is_opened(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [url for url in read if url.endswith(".safetensors")]
 
 
+def test_a_profile_is_read_once_for_all_models(zoo: Zoo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    zoo.add("n", toys.fine_tuned(nights.tensors(), seed=3))
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps({**asdict(PROFILES["cpu"]), "name": "here"}))
+    asked: list[str] = []
+    real = storage.stat
+    monkeypatch.setattr(storage, "stat", lambda url: asked.append(url) or real(url))
+    config = zoo.config(extract={"rank": 4, "dtype": "float32", "profile": str(profile)})
+    found = standings(catalog(config), Ledger.read(config.output))
+    assert [standing.state for standing in found] == ["due", "due"]
+    assert asked.count(str(profile)) == 1
+
+
 def test_a_request_is_what_decides_the_bytes_and_nothing_else() -> None:
     plain = merge([ExtractSettings()])
-    one = request_id(asked_of("b", "t", plain, "name"))
-    assert one == request_id(asked_of("b", "t", merge([ExtractSettings(preset=None)]), "name"))
+    one = request_id(asked_of("b", "t", plain, "name", {}))
+    assert one == request_id(asked_of("b", "t", merge([ExtractSettings(preset=None)]), "name", {}))
     others = [
-        asked_of("x", "t", plain, "name"), asked_of("b", "x", plain, "name"), asked_of("b", "t", plain, "x"),
-        asked_of("b", "t", merge([ExtractSettings(rank=8)]), "name"),
+        asked_of("x", "t", plain, "name", {}), asked_of("b", "x", plain, "name", {}), asked_of("b", "t", plain, "x", {}),
+        asked_of("b", "t", merge([ExtractSettings(rank=8)]), "name", {}),
     ]  # fmt: skip
     assert len({one, *map(request_id, others)}) == 5
