@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from phlora_pipeline.checkpoint import TensorRef, read_tensors, room_for
+from phlora_pipeline.lowrank import out_of_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,9 @@ class Reader:
             return loaded
         try:
             return _Loaded(_on_device(loaded.tensors, self._device, self._copies), memory)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             return loaded  # they go there one by one, when their turn comes
 
     def _memory(self, wanted: int) -> bytearray:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -131,3 +133,19 @@ def test_an_error_while_computing_gives_the_memory_back(refs: list[TensorRef]) -
     with pytest.raises(ZeroDivisionError), reader.taken([refs[5]]):
         raise ZeroDivisionError
     assert len(reader._free) == 1
+
+
+@pytest.mark.parametrize("words", ["CUDA error: out of memory", "CUDA out of memory. Tried to allocate 2.00 GiB."])
+def test_without_room_for_the_copies_tensors_stay_where_they_are(
+    words: str, refs: list[TensorRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of page-locked memory, or of the device's."""
+    reader = Reader(CPU, 1 << 20)
+    reader._copies = cast(Any, "a stream")
+    failure = torch.OutOfMemoryError(words) if "Tried" in words else RuntimeError(words)
+    monkeypatch.setattr(reading, "_on_device", Mock(side_effect=failure))
+    with reader.taken([refs[5]]) as stored:
+        assert torch.equal(stored[0], tensor(5))
+    monkeypatch.setattr(reading, "_on_device", Mock(side_effect=RuntimeError("CUDA error: unspecified launch failure")))
+    with pytest.raises(RuntimeError, match="launch failure"), reader.taken([refs[5]]):
+        pass

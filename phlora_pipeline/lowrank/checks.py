@@ -37,16 +37,18 @@ def problems(
         totals: Σσ² of each over the whole spectrum, where the solver knows it: a value that it has lost is missing there.
     """
     short, long = found.short, found.long
-    sigma = found.energies.sqrt().to(short.device)  # (b, q)
-    crossed = psi @ short.mT  # (b, s, q): √σ·ψu
-    left = seen - crossed @ long  # ψ·(D − UᵀΣV)
-    agreement = seen @ long.mT - crossed * sigma.unsqueeze(1).float()
+    q, sigma = short.shape[1], found.energies.sqrt().to(short.device)  # (b, q)
+    # In float64: a sum of a hundred thousand entries of one sign is off by more in float32 than is tolerated here.
+    on_short, on_long = gram(torch.cat([short, psi], dim=1)), gram(torch.cat([long, seen], dim=1))  # (b, q + s, q + s)
+    crossed = on_short[:, q:, :q]  # (b, s, q): √σ·ψu
+    left = seen - crossed.float() @ long  # ψ·(D − UᵀΣV)
+    agreement = on_long[:, q:, :q] - crossed * sigma.unsqueeze(1)
     measures = torch.stack(
         [
             torch.isfinite(short).flatten(1).all(dim=1).double() * torch.isfinite(long).flatten(1).all(dim=1),
-            _off(short, sigma),
-            _off(long, sigma),
-            agreement.double().square().sum(dim=(1, 2)).sqrt() / sigma[:, 0].sqrt().clamp_min(1e-30),
+            _off(on_short[:, :q, :q], sigma),
+            _off(on_long[:, :q, :q], sigma),
+            agreement.square().sum(dim=(1, 2)).sqrt() / sigma[:, 0].sqrt().clamp_min(1e-30),
             left.double().square().sum(dim=(1, 2)) / psi.shape[1],
             found.energies.to(short.device).sum(dim=1),
         ],
@@ -64,9 +66,9 @@ def _spectrum_problem(total: float, norm_sq: float) -> str:
     return f"energies do not add up: all σ² are {total / norm_sq:.6f} of ‖ΔW‖²"
 
 
-def _off(panel: Tensor, sigma: Tensor) -> Tensor:
+def _off(inner: Tensor, sigma: Tensor) -> Tensor:
     """Largest entry of P·Pᵀ − Σ, over σ_1."""
-    wrong = (gram(panel) - torch.diag_embed(sigma)).abs().amax(dim=(1, 2))
+    wrong = (inner - torch.diag_embed(sigma)).abs().amax(dim=(1, 2))
     return wrong / sigma[:, 0].clamp_min(1e-30)
 
 

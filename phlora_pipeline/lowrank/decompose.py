@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from phlora_pipeline.lowrank.delta import CHUNK, first_nonfinite, form_delta, scale_, scale_exponent, to_host
+from phlora_pipeline.lowrank.faults import out_of_memory
 from phlora_pipeline.lowrank.operator import Blocked, Dense, Operator
 from phlora_pipeline.lowrank.routes import PROFILES, Profile, is_blocked, planned
 from phlora_pipeline.lowrank.solve import Factors, Settings, factorise
@@ -171,8 +172,8 @@ class _Group:
             return self._blocked()
         try:
             return self._dense()
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
                 raise
         return _noted(self._smaller(), f"out of memory on {self._device.type} with {len(self._pairs)} at once")
 
@@ -187,8 +188,8 @@ class _Group:
             return [outcome for some, called in parts for outcome in self._again(some, called, self._device).solve()]
         try:
             return self._blocked()
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error) or self._device.type == "cpu":
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error) or self._device.type == "cpu":
                 raise
         self._workspace.clear()
         return _noted(self._again(self._pairs, self._names, torch.device("cpu")).solve(), "done on the processor")
@@ -280,8 +281,3 @@ def _noted(found: Sequence[Outcome], note: str) -> list[Outcome]:
         else replace(outcome, factors=replace(outcome.factors, notes=(note, *outcome.factors.notes)))
         for outcome in found
     ]
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Torch has a type for a GPU's memory; for a processor's it raises a RuntimeError with these words."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

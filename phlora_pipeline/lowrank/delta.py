@@ -107,11 +107,11 @@ def first_nonfinite(base: Tensor, tuned: Tensor) -> tuple[int, tuple[int, ...]] 
     """How many entries of ΔW are NaN or infinite, and the index of the first; None where all are finite."""
     count, first = 0, -1
     for piece in _pieces(base.numel(), CHUNK):
-        delta = tuned.reshape(-1)[piece].double() - base.reshape(-1)[piece].double()
-        bad = ~torch.isfinite(delta.float())
-        found = int(bad.sum())
+        delta = tuned.reshape(-1)[piece].to(base.device).double() - base.reshape(-1)[piece].double()
+        bad = torch.isfinite(delta.float()).logical_not()
+        found = int(to_host(bad.sum()))
         if found and not count:
-            first = piece.start + int(bad.nonzero()[0])
+            first = piece.start + int(to_host(bad.byte().argmax()))
         count += found
     return (count, unravelled(first, tuple(base.shape))) if count else None
 

@@ -78,7 +78,7 @@ def rounding_noise(
     """What rounding has left in each ΔW; from a sample of its entries, on the processor.
 
     Args:
-        pairs: W_base and W_tuned, as they were read, on the CPU; a tensor of other than two dimensions gets no edge.
+        pairs: W_base and W_tuned, as they were read, on any device; a tensor of other than two dimensions gets no edge.
         stored: the dtypes of both in their files, which are not the tensors' where a scale went with them.
     """
     found = [_measured(*pair, *dtypes) for pair, dtypes in zip(pairs, stored, strict=True)]
@@ -116,7 +116,7 @@ def _measured(base: Tensor, tuned: Tensor, base_dtype: torch.dtype, dtype: torch
     if not base.numel():
         return torch.zeros(6, dtype=torch.float64)
     spread = _spread(k, d)
-    before, after = _taken(base, 1, spread).float(), _taken(tuned, 1, spread).float()
+    before, after = (_taken(side, 1, spread).cpu().float() for side in (base, tuned))
     classes, delta = _classes(after), after - before
     differs = (delta != 0).float()
     touched = differs.amax(dim=1, keepdim=True)
@@ -128,7 +128,7 @@ def _measured(base: Tensor, tuned: Tensor, base_dtype: torch.dtype, dtype: torch
         total = down.sum() * (k / after.shape[1])
         return torch.stack([total, 0 * total, 0 * total, kept, torch.ones_like(total), changed])
     # How columns differ, any rows tell: those that have not changed are as large as those that have.
-    across = _looked_up(variances, _classes(_taken(tuned, 0, _spread(d, k)).float()))
+    across = _looked_up(variances, _classes(_taken(tuned, 0, _spread(d, k)).cpu().float()))
     rows, columns = _means(down, k), _means(across.mT, d)
     total = rows.sum() * k * (columns.mean() / _taken(columns.unsqueeze(0), 1, spread).mean().clamp_min(_TINY))
     rows, columns = (means * (total / means.sum().clamp_min(_TINY)) for means in (rows, columns))

@@ -209,11 +209,15 @@ class Blocked(_Sliced):
     def _formed(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         _, m, n = self.shape
         width = max(1, 4 * CHUNK // m)
+        away = (
+            self.device.type != "cpu"
+        )  # what comes back from a GPU is waited for: it would be read before it is there
         for start in range(0, n, width):
             columns = slice(start, min(start + width, n))
             at = columns if self.turned else (slice(None), columns)
-            base = self._base[at].contiguous().to(self.device, non_blocking=True)
-            tuned = self._tuned[at].contiguous().to(self.device, non_blocking=True)
+            base, tuned = (
+                side[at].contiguous().to(self.device, non_blocking=away) for side in (self._base, self._tuned)
+            )
             part = torch.empty(base.shape, dtype=torch.float32, device=self.device)
             sums = form_delta(base, tuned, part)
             scale_(part, self.exponent)

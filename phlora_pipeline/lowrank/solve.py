@@ -17,6 +17,7 @@ from torch import Tensor
 from phlora_pipeline.lowrank import checks, full
 from phlora_pipeline.lowrank.certificate import certificate, optimum_bound, tail_bound
 from phlora_pipeline.lowrank.delta import to_host
+from phlora_pipeline.lowrank.faults import refused
 from phlora_pipeline.lowrank.krylov import KrylovBasis
 from phlora_pipeline.lowrank.operator import Operator
 from phlora_pipeline.lowrank.panels import gaussian
@@ -119,7 +120,9 @@ class _Ladder:
         rounds, last = planned(m, n, self._q, self._settings.solver, self._profile, growing=growing)
         try:
             self._krylov(rounds)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # it is exported
+        except RuntimeError as error:
+            if not refused(error):
+                raise
             self._note("krylov", error)
         for name in (last, "exact" if last == "gram" else "gram"):
             if self._pending:
@@ -175,7 +178,9 @@ class _Ladder:
             op = self._op.pick(pending)
             try:
                 triplets, bounds, seen, spectrum = run(op, self._psi[pending])
-            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # it is exported
+            except RuntimeError as error:
+                if not refused(error):
+                    raise
                 self._note(attempt, error)
                 continue
             totals = to_host(spectrum.sum(dim=1))

@@ -99,6 +99,7 @@ class Traffic(TorchDispatchMode):
         here: (operator, shape) of what was computed on the CPU; views are none.
         there: (dtype of the source, dtype of the copy, shape) of what went to the GPU.
         back: (operator, shape) of what came from it.
+        unawaited: shapes of what came from it, and may be read here before it is there.
     """
 
     def __init__(self) -> None:
@@ -106,6 +107,7 @@ class Traffic(TorchDispatchMode):
         self.here: list[tuple[str, tuple[int, ...]]] = []
         self.there: list[tuple[torch.dtype, torch.dtype, tuple[int, ...]]] = []
         self.back: list[tuple[str, tuple[int, ...]]] = []
+        self.unawaited: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -117,6 +119,7 @@ class Traffic(TorchDispatchMode):
                     self.here.append((str(func), shape))
                 if any(each.device.type == "cuda" for each in given):
                     self.back.append((str(func), shape))
+                    self.unawaited += [shape] * bool((kwargs or {}).get("non_blocking"))
             elif result.device.type == "cuda":
                 self.there += [
                     (each.dtype, result.dtype, shape) for each in given if each.device.type == "cpu" and each.ndim
@@ -195,6 +198,31 @@ def test_the_whole_unit_of_work_stays_on_the_device(
         assert traffic.largest_here() < d * k
         brought = [shape for _, shape in traffic.back if torch.Size(shape).numel() >= d * k / 4]
         assert brought == []
+
+
+@pytest.mark.parametrize("sides", [(CUDA, CUDA), (CUDA, CPU), (CPU, CUDA)])
+@pytest.mark.parametrize(
+    ("purpose", "solver"), [*(("factor", solver) for solver in lowrank.SOLVERS), ("measure", "auto")]
+)
+def test_what_the_reader_has_brought_there_stays_there(
+    purpose: Purpose, solver: Any, sides: tuple[torch.device, torch.device]
+) -> None:
+    """Both sides, where they fit beside what is computed; one, where there was no room for the other."""
+    task = fake_task(purpose, (400, 300), solver=solver)
+    given = [tensor.to(sides[number % 2]) for number, tensor in enumerate(stored(task))]
+    with Traffic() as traffic:
+        results, factors = computed(task, given)
+    if purpose == "factor":
+        assert_factors(task, results, factors)
+    assert {result.status for result in results} == {"factored" if purpose == "factor" else "measured"}
+    assert traffic.largest_here() < 400 * 300
+    assert traffic.unawaited == []
+
+
+@pytest.mark.parametrize("sides", [(CUDA, CUDA), (CUDA, CPU), (CPU, CUDA)])
+def test_what_is_not_finite_is_looked_for_wherever_the_sides_are(sides: tuple[torch.device, torch.device]) -> None:
+    """Each fetched number is 1: one entry, with one before it."""
+    assert lowrank.first_nonfinite(*(torch.empty(4, 5, device=device) for device in sides)) == (1, (0, 1))
 
 
 @pytest.mark.parametrize(("profile", "low"), [("sm90", torch.bfloat16), ("other", torch.float32)])
@@ -358,8 +386,14 @@ class TestMemory:
         assert results[0].notes[:2] == ("out of memory on cuda with 1 at once", "formed slice by slice")
         assert traffic.largest_here() < 400 * 300
 
-    def test_the_processor_is_last_and_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("resident", [True, False])
+    @pytest.mark.parametrize("side", [CPU, CUDA])
+    def test_the_processor_is_last_and_says_so(
+        self, side: torch.device, resident: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whole or slice by slice; what has to come back for it is waited for."""
         self.full_from(1, monkeypatch)
+        monkeypatch.setattr(lowrank.routes, "RESIDENT_BYTES", 4 * 400 * 300 * resident)
         sums = operator.Blocked.sums
 
         def nowhere(self: Any) -> Tensor:
@@ -372,9 +406,12 @@ class TestMemory:
             lowrank.delta, "_form_cached", lambda *_: torch.ones(3, dtype=torch.float64)
         )  # it looks at values
         task = fake_task("factor", (400, 300), count=2)
-        results, factors = computed(task, stored(task))
+        given = [tensor.to(side) for tensor in stored(task)]
+        with Traffic() as traffic:
+            results, factors = computed(task, given)
         assert_factors(task, results, factors)
         assert all("done on the processor" in result.notes for result in results)
+        assert traffic.unawaited == []
 
 
 def left_on_the_cpu(base: Tensor, tuned: Tensor, out: Tensor, *_: object) -> Tensor:

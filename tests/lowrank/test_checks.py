@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from phlora_pipeline.lowrank import checks
-from phlora_pipeline.lowrank.full import exact
+from phlora_pipeline.lowrank.full import exact, gram_eigen
 from phlora_pipeline.lowrank.operator import Dense
 from phlora_pipeline.lowrank.panels import gaussian
 from phlora_pipeline.lowrank.ritz import Triplets
@@ -43,6 +43,17 @@ def problem_of(
 @pytest.mark.parametrize("rank", [1, 4, 50])
 def test_true_factors_pass(d: int, k: int, spectrum: str, rank: int) -> None:
     assert problem_of(delta_of(d, k, spectrum), min(rank, d, k)) == ""
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_a_long_row_of_equal_entries_passes(d: int) -> None:
+    """As of a vocabulary whose tokens all move alike: float32 sums of so many entries of one sign are off by a hundredth."""
+    delta = torch.full((d, 1 << 20), 0.3)
+    op, psi = Dense(delta.unsqueeze(0), torch.float32), gaussian(["w"], "check", CHECK_ROWS, d, CPU)
+    found, _, seen, spectrum = gram_eigen(op, 1, psi, torch.float64)
+    assert checks.problems(found, [float(delta.double().square().sum())], psi, seen, spectrum.sum(dim=1).tolist()) == [
+        ""
+    ]
 
 
 @settings(max_examples=50, deadline=None)

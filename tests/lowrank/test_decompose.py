@@ -283,8 +283,11 @@ class TestMemory:
         [
             torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
             RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"),
+            RuntimeError("CUDA error: out of memory"),
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"),
         ],
-        ids=["cuda", "python", "cpu"],
+        ids=["cuda", "python", "cpu", "pinned", "cublas", "cusolver"],
     )  # fmt: skip
     def test_every_way_to_say_it_is_understood(self, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*_: object, **__: object) -> None:

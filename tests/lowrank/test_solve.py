@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -177,6 +178,12 @@ def fail_to_converge(*_: object, **__: object) -> None:
     )
 
 
+def refuse_its_size(*_: object, **__: object) -> None:
+    raise RuntimeError(
+        "cusolver error: CUSOLVER_STATUS_INVALID_VALUE, when calling `cusolverDnSgesvdj_bufferSize(handle)`"
+    )
+
+
 class TestNoConvergence:
     @pytest.mark.parametrize(
         ("name", "solver", "next_one"),
@@ -190,6 +197,32 @@ class TestNoConvergence:
         assert found.notes[0].startswith(solver)
         assert "failed to converge because" in found.notes[0]
         assert abs(loss_of(found, delta)) < 1e-6
+
+    @pytest.mark.parametrize(
+        ("name", "solver", "next_one"),
+        [("svd", "exact", "gram"), ("eigh", "gram", "exact"), ("eigh", "krylov", "exact")],
+    )
+    def test_a_library_that_refuses_the_matrix_is_no_end(
+        self, name: str, solver: Any, next_one: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """cuSOLVER's workspaces outgrow its integers; torch has no type for that."""
+        monkeypatch.setattr(torch.linalg, name, refuse_its_size)
+        found = climbed_one(delta_of(*SHAPE, "power"), solver=solver)
+        assert found.solver == next_one
+        assert "CUSOLVER_STATUS_INVALID_VALUE" in found.notes[0]
+
+    @pytest.mark.parametrize("solver", ["krylov", "gram", "exact"])
+    def test_memory_and_a_broken_device_are_for_others_to_mend(
+        self, solver: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for words in (
+            "CUDA error: an illegal memory access was encountered",
+            "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED",
+        ):
+            for name in ("svd", "eigh"):
+                monkeypatch.setattr(torch.linalg, name, Mock(side_effect=RuntimeError(words)))
+            with pytest.raises(RuntimeError, match=words):
+                climbed_one(delta_of(*SHAPE, "power"), solver=solver)
 
     def test_where_nothing_converges_there_is_a_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("svd", "eigh"):
