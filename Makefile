@@ -34,7 +34,7 @@ check: $(STAMP)  ## lint, types, layers, manifests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/python -m pytest -q -m "not slow" tests/test_layering.py tests/cluster
+	$(BIN)/python -m pytest -q tests/test_layering.py tests/cluster/test_manifests.py tests/cluster/test_aws.py
 
 chaos: $(STAMP)  ## twenty nights in which nodes, workers and the driver are killed (40 minutes; SEEDS=2 for fewer)
 	$(BIN)/python -m jobs.chaos --seeds $(or $(SEEDS),20)

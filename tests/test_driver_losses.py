@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from ray import exceptions
 
 from phlora_pipeline.dispatch import MAX_ATTEMPTS, Dispatcher
-from phlora_pipeline.driver import loop
+from phlora_pipeline.driver import loop, starts
 from phlora_pipeline.engine import Reports, Resources
 from phlora_pipeline.errors import DeviceError
 
@@ -97,6 +99,14 @@ class Bench:
             self.loop._ended(reference)
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The driver's, which goes when it is told to."""
+    time = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: time.now)
+    return time
+
+
 def test_a_worker_that_dies_alone_is_charged_to_its_task() -> None:
     bench = Bench()
     assert [bench.lose(DIED) for _ in range(MAX_ATTEMPTS)] == [False, True]
@@ -109,22 +119,6 @@ def test_a_node_that_goes_is_charged_to_nobody_unless_it_goes_on_like_that(known
     bench.pool.gone = known
     given_up = [bench.lose(DIED if known else UNAVAILABLE) for _ in range(loop.MAX_LOSSES + MAX_ATTEMPTS)]
     assert given_up.index(True) == loop.MAX_LOSSES + MAX_ATTEMPTS - 1
-
-
-def test_workers_that_do_not_start_count_one_after_another() -> None:
-    """A night of lost nodes is no proof that none can start."""
-    bench = Bench()
-    most = MAX_ATTEMPTS * bench.pool.size
-    for _ in range(3):
-        for _ in range(most):
-            bench.loop._failed(0, DIED)
-        reference = object()
-        bench.loop._calls[reference], bench.answer = 0, "node"
-        bench.loop._ended(reference)
-    for _ in range(most):
-        bench.loop._failed(0, DIED)
-    with pytest.raises(DeviceError, match="workers died before their first task"):
-        bench.loop._failed(0, DIED)
 
 
 def test_a_job_that_loses_its_process_is_done_again_some_times() -> None:
@@ -140,12 +134,81 @@ def test_a_job_that_loses_its_process_is_done_again_some_times() -> None:
     assert bench.ended == [UNAVAILABLE]
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The driver's, which goes when it is told to."""
-    time = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(loop.time, "monotonic", lambda: time.now)
-    return time
+def false_starts(bench: Bench, clock: SimpleNamespace, seconds: float, *, every: float = 0.5) -> Iterator[int]:
+    """Whatever is started dies at once, for so long; how many have been started after each moment."""
+    bench.loop._calls = {object(): slot for slot in range(bench.pool.size)}
+    end = clock.now + seconds
+    while clock.now < end:
+        bench.answers(DIED)
+        clock.now += every
+        bench.loop._start_again()
+        yield bench.pool.started_slots
+
+
+def test_a_burst_of_false_starts_ends_no_night(clock: SimpleNamespace) -> None:
+    """On a busy machine all die within seconds, and a moment later none would."""
+    bench = Bench()
+    most = max(false_starts(bench, clock, 9, every=0.05))
+    assert 2 * bench.pool.size < most <= 5 * bench.pool.size
+
+
+def test_the_pause_between_them_grows_up_to_a_bound(clock: SimpleNamespace) -> None:
+    bench = Bench()
+    bench.pool.started = [9]  # somebody works, and nobody gives up
+    counts = list(false_starts(bench, clock, 600))
+    seconds = [number / 2 for number, (before, after) in enumerate(pairwise(counts)) if after > before]
+    pauses = [after - before for before, after in pairwise(seconds)]
+    assert pauses == sorted(pauses)
+    assert (pauses[0], pauses[-1]) == (starts.SHORTEST_PAUSE, starts.LONGEST_PAUSE)
+
+
+def test_workers_that_never_start_are_given_up_in_time(clock: SimpleNamespace) -> None:
+    bench = Bench()
+    began = clock.now
+    with pytest.raises(
+        DeviceError, match=r"^[0-9]+ Ray workers died before their first task, within [0-9]+ s, .*ActorDied"
+    ):
+        max(false_starts(bench, clock, 10 * starts.PATIENCE_SECONDS))
+    assert 0 < clock.now - began - starts.PATIENCE_SECONDS <= starts.LONGEST_PAUSE
+    assert bench.pool.started_slots > MAX_ATTEMPTS * bench.pool.size
+
+
+def test_every_place_is_tried_however_slowly_they_die(clock: SimpleNamespace) -> None:
+    bench = Bench()
+    with pytest.raises(DeviceError, match=f"^{MAX_ATTEMPTS * bench.pool.size + 1} Ray workers died"):
+        max(false_starts(bench, clock, 100 * starts.PATIENCE_SECONDS, every=2 * starts.PATIENCE_SECONDS))
+
+
+def test_workers_that_do_not_start_count_one_after_another(clock: SimpleNamespace) -> None:
+    """A night of lost nodes is no proof that none can start."""
+    bench = Bench()
+    for _ in range(5):
+        max(false_starts(bench, clock, 0.9 * starts.PATIENCE_SECONDS))
+        clock.now += starts.LONGEST_PAUSE
+        bench.loop._start_again()
+        bench.answers("node")
+
+
+def test_a_desk_that_does_not_open_is_tried_after_a_pause_and_given_up(clock: SimpleNamespace) -> None:
+    bench = Bench()
+    job: Any = object()
+    bench.loop._backlog.append(job)
+
+    def turns(seconds: int) -> None:
+        for _ in range(seconds):
+            bench.loop._hand_out_jobs()
+            bench.answers(DIED)
+            clock.now += 1
+
+    began = clock.now
+    bench.loop._hand_out_jobs()
+    bench.answers(DIED)
+    bench.loop._hand_out_jobs()
+    assert bench.pool.did == ["open 0", "close 0"]
+    with pytest.raises(DeviceError, match="Ray processes that publish died before their first task"):
+        turns(10 * int(starts.PATIENCE_SECONDS))
+    assert clock.now - began <= starts.PATIENCE_SECONDS + starts.LONGEST_PAUSE
+    assert bench.pool.did.count("open 0") > MAX_ATTEMPTS * bench.pool.desks
 
 
 def test_a_worker_that_died_while_it_had_nothing_to_do_is_nobodys_loss(clock: SimpleNamespace) -> None:
@@ -188,6 +251,7 @@ def test_a_job_waits_for_a_desk_that_is_there_and_not_for_ever(clock: SimpleName
     ):
         bench.loop._require_places()
     bench.answers(DIED)  # its node went
+    clock.now += starts.SHORTEST_PAUSE
     bench.loop._hand_out_jobs()
     bench.answers(None)
     bench.loop._hand_out_jobs()

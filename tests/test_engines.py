@@ -490,6 +490,7 @@ class TestRay:
                 os._exit(1)
 
         monkeypatch.setattr(driver, "_RayWorker", Stillborn)
+        monkeypatch.setattr(driver.starts, "PATIENCE_SECONDS", 1.0)
         with pytest.raises(DeviceError, match="workers died before their first task"):
             runs.extract(*pair, tmp_path / "out", engine="ray", workers=1)
         assert charges == []

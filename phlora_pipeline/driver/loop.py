@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from phlora_pipeline.dispatch import MAX_ATTEMPTS, Dispatcher
+from phlora_pipeline.dispatch import Dispatcher
+from phlora_pipeline.driver.starts import FalseStarts
 from phlora_pipeline.engine import Job, Listener, Resources, words
 from phlora_pipeline.errors import DeviceError, PhloraError
 from phlora_pipeline.extract import TaskReport
@@ -51,7 +52,9 @@ class Loop:
         self._jobs: dict[Any, tuple[int, Job]] = {}  # call → desk, and what is done there
         self._opening: dict[Any, int] = {}  # call → desk
         self._heard: dict[int, float] = {}  # slot → when it last answered
-        self._false_starts = 0
+        self._worker_starts, self._desk_starts = FalseStarts(), FalseStarts()
+        self._resting: dict[int, float] = {}  # slot whose worker did not start → when it gets another
+        self._closed: dict[int, float] = {}  # desk, likewise
         self._losses: dict[str, int] = {}
         self._desks_lost: dict[int, int] = {}  # job, which is kept as long as it is wanted → processes that it was in
         self._start_seconds = resources.start_seconds
@@ -66,6 +69,7 @@ class Loop:
             if not stopping:
                 self._listener.more(queue)
                 self._grow()
+                self._start_again()
                 self._hand_out()
             self._backlog.extend(self._listener.jobs(queue.lost))
             self._hand_out_jobs()
@@ -100,8 +104,12 @@ class Loop:
     def _desk_opened(self, desk: int, answer: Any) -> None:
         if isinstance(answer, Exception):
             self._pool.close_desk(desk)
-            self._false_start(answer)
+            there = bool(self._pool.open_desks)
+            self._closed[desk] = self._false_start(
+                "processes that publish", self._desk_starts, self._pool.desks, answer, there=there
+            )
         else:
+            self._desk_starts.end()
             self._pool.desk_is_open(desk)
 
     def _call_ended(self, slot: int, answer: Any) -> None:
@@ -110,8 +118,7 @@ class Loop:
             self._queue.done(slot)
             self._listener.on_report(answer)
         elif isinstance(answer, str):
-            # One after another they count: in a long night many a node goes while a worker starts there.
-            self._false_starts = 0
+            self._worker_starts.end()
             self._pool.ready(slot, answer)
         elif isinstance(answer, PhloraError):
             raise answer
@@ -119,7 +126,7 @@ class Loop:
             self._failed(slot, answer)
 
     def _failed(self, slot: int, error: Exception) -> None:
-        """A task raised, or its worker died, or never started."""
+        """A task raised, or its worker died: at work, in its sleep, or before it had started."""
         died = not isinstance(error, self._ray.exceptions.RayTaskError)
         if self._queue.works(slot):
             reason = ("its worker died: " if died else "") + words(getattr(error, "cause", None) or error)
@@ -129,19 +136,31 @@ class Loop:
             node_went = died and (unknown or self._pool.node_is_gone(slot))
             task = self._queue.failed(slot, reason, died=died, charged=not (node_went and self._may_lose(slot)))
             self._listener.retried(task, reason, died=died)
-        else:
-            died = True
-            self._false_start(error, node_went=self._pool.node_is_gone(slot))
-        if died:
-            self._calls[self._pool.start(slot)] = slot
+            if not died:
+                return
+        elif slot not in (started := self._pool.started):
+            there = bool(started)
+            self._resting[slot] = self._false_start("workers", self._worker_starts, self._pool.size, error, there=there)
+            return
+        self._calls[self._pool.start(slot)] = slot
 
-    def _false_start(self, error: Exception, *, node_went: bool = False) -> None:
-        self._false_starts += 1
-        if self._false_starts > MAX_ATTEMPTS * max(self._pool.size, 1) and not node_went:
+    def _false_start(self, who: str, starts: FalseStarts, places: int, error: Exception, *, there: bool) -> float:
+        """When to try again; while others are `there`, as often as it takes: one bad node does not end a night."""
+        now = time.monotonic()
+        again = starts.another(now)
+        if starts.hopeless(places, now) and not there:
             raise DeviceError(
-                f"{self._false_starts} Ray workers died before their first task, the last one of: {words(error)}",
+                f"{starts.count} Ray {who} died before their first task, within {now - starts.since:.0f} s, the last one of: {words(error)}",
                 remedy="look at the logs of the node; is phlora-pipeline installed there, in this version?",
             ) from error
+        return again
+
+    def _start_again(self) -> None:
+        """Workers, where the last one did not start and the pause is over."""
+        now = time.monotonic()
+        for slot in [slot for slot, again in self._resting.items() if now >= again]:
+            del self._resting[slot]
+            self._calls[self._pool.start(slot)] = slot
 
     def _may_lose(self, slot: int) -> bool:
         task = self._queue.task_of(slot)
@@ -189,9 +208,9 @@ class Loop:
             if self._backlog and desk not in busy:
                 job = self._backlog.popleft()
                 self._jobs[self._pool.run_job(desk, job)] = desk, job
-        there = {*self._opening.values(), *self._pool.open_desks}
+        there, now = {*self._opening.values(), *self._pool.open_desks}, time.monotonic()
         for desk in range(self._pool.desks):
-            if len(self._opening) < len(self._backlog) and desk not in there:
+            if len(self._opening) < len(self._backlog) and desk not in there and now >= self._closed.get(desk, now):
                 self._opening[self._pool.open_desk(desk)] = desk
 
     def _require_places(self) -> None:
