@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -99,6 +100,17 @@ def test_after_max_minutes_nothing_begins_and_what_has_begun_ends(zoo: Zoo, monk
     rest = zoo.night(run=alone())
     assert rest.counts == {"committed": 3, "published": 2}
     nights.require_whole(zoo.out)
+
+
+def test_what_stands_gets_its_record_though_the_minutes_are_over(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs a moment, and no tensor."""
+    zoo.night(limits={"max_models": 1})
+    [record] = [name for name in nights.names(zoo.out) if name.endswith("/outcome.json")]
+    storage.delete(storage.join(zoo.out, record))
+    now = itertools.count(step=100.0)
+    monkeypatch.setattr(lead.time, "monotonic", lambda: next(now))
+    result = zoo.night(limits={"max_minutes": 1}, run=alone())
+    assert (result.counts, result.read_bytes) == ({"committed": 1, "deferred": 4}, 0)
 
 
 def test_more_than_max_models_due_need_a_yes(zoo: Zoo) -> None:
