@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from phlora_pipeline import storage
-from phlora_pipeline.errors import RequestError
+from phlora_pipeline.errors import CredentialsError, DeviceError, PhloraError, RequestError, StorageError
 from phlora_pipeline.zoo import lead, prepare, state
 from phlora_pipeline.zoo.publish import Publish, Published
 from phlora_pipeline.zoo.result import STOPPED
@@ -207,6 +207,24 @@ def test_one_that_fails_twice_is_a_failed_model_with_the_reason(zoo: Zoo, monkey
     assert "its publication failed: RuntimeError: no space in shared memory" in of(result, "m5").reason
     assert state.retry(zoo.out, "m5") == 1
     assert zoo.night().counts == {"committed": 1, "published": 4}
+
+
+@pytest.mark.parametrize("kind", [CredentialsError, StorageError, DeviceError])
+def test_whom_no_model_can_be_blamed_for_ends_the_night(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch, kind: type[PhloraError]
+) -> None:
+    """Of a publication alone: the node of its desk may have other credentials than the driver, who could write an attempt."""
+
+    def refused(job: Publish) -> Published:
+        raise kind("not here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Publish, "run", refused)
+        with pytest.raises(kind) as stopped:
+            zoo.night(run=alone())
+    assert json.loads(Path(stopped.value.result).read_text())["exit_code"] == kind.exit_code
+    assert not any(name.startswith("_state/") for name in nights.names(zoo.out))
+    assert zoo.night(run=alone()).counts == {"committed": 5}
 
 
 def test_a_checkpoint_that_comes_back_while_it_is_read_needs_only_its_record(zoo: Zoo) -> None:
