@@ -169,7 +169,7 @@ def _served(out: str, standing: Standing) -> Standing:
     newest = pointer and latest.newest(pointer)
     if newest is not None and (newest.version == outcome.version or newest.request == standing.request):
         return standing
-    why = "another version is served since" if newest else "nothing is served"
+    why = "another version has been served since" if newest else "nothing is served"
     return replace(standing, state="due", reason=f"published {outcome.ended[:10]}, but {why}", since="", outcome=None)
 
 

@@ -112,7 +112,9 @@ def test_other_settings_make_a_model_due_and_the_former_ones_again_serve_what_st
     assert "settings" in watcher.standings["m2"].reason
     assert of(second, "m2").version != of(first, "m2").version
     assert served(zoo) == {"m1": of(first, "m1").version, "m2": of(second, "m2").version}
-    back = zoo.night()
+    watcher = Watcher()
+    back = zoo.night(watcher)
+    assert "another version has been served since" in watcher.standings["m2"].reason
     assert (back.exit_code, back.read_bytes, states(back)) == (0, 0, {"m1": "published", "m2": "committed"})
     assert served(zoo) == {"m1": of(first, "m1").version, "m2": of(first, "m2").version}
     assert zoo.night().run == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from phlora_pipeline import storage
-from phlora_pipeline.errors import RequestError
+from phlora_pipeline.errors import CredentialsError, DeviceError, PhloraError, RequestError, StorageError
 from phlora_pipeline.zoo import lead, prepare, state
 from phlora_pipeline.zoo.publish import Publish, Published
 from phlora_pipeline.zoo.result import STOPPED
@@ -99,6 +100,17 @@ def test_after_max_minutes_nothing_begins_and_what_has_begun_ends(zoo: Zoo, monk
     rest = zoo.night(run=alone())
     assert rest.counts == {"committed": 3, "published": 2}
     nights.require_whole(zoo.out)
+
+
+def test_what_stands_gets_its_record_though_the_minutes_are_over(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs a moment, and no tensor."""
+    zoo.night(limits={"max_models": 1})
+    [record] = [name for name in nights.names(zoo.out) if name.endswith("/outcome.json")]
+    storage.delete(storage.join(zoo.out, record))
+    now = itertools.count(step=100.0)
+    monkeypatch.setattr(lead.time, "monotonic", lambda: next(now))
+    result = zoo.night(limits={"max_minutes": 1}, run=alone())
+    assert (result.counts, result.read_bytes) == ({"committed": 1, "deferred": 4}, 0)
 
 
 def test_more_than_max_models_due_need_a_yes(zoo: Zoo) -> None:
@@ -195,6 +207,24 @@ def test_one_that_fails_twice_is_a_failed_model_with_the_reason(zoo: Zoo, monkey
     assert "its publication failed: RuntimeError: no space in shared memory" in of(result, "m5").reason
     assert state.retry(zoo.out, "m5") == 1
     assert zoo.night().counts == {"committed": 1, "published": 4}
+
+
+@pytest.mark.parametrize("kind", [CredentialsError, StorageError, DeviceError])
+def test_whom_no_model_can_be_blamed_for_ends_the_night(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch, kind: type[PhloraError]
+) -> None:
+    """Of a publication alone: the node of its desk may have other credentials than the driver, who could write an attempt."""
+
+    def refused(job: Publish) -> Published:
+        raise kind("not here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Publish, "run", refused)
+        with pytest.raises(kind) as stopped:
+            zoo.night(run=alone())
+    assert json.loads(Path(stopped.value.result).read_text())["exit_code"] == kind.exit_code
+    assert not any(name.startswith("_state/") for name in nights.names(zoo.out))
+    assert zoo.night(run=alone()).counts == {"committed": 5}
 
 
 def test_a_checkpoint_that_comes_back_while_it_is_read_needs_only_its_record(zoo: Zoo) -> None:
