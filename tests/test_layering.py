@@ -65,7 +65,7 @@ LAYERS = [
         "calibrate",
         "compress",
     },
-    {"prepare", "pipeline", "several", "zoo", "submit", "doctor", "report"},
+    {"prepare", "concluding", "pipeline", "several", "zoo", "submit", "doctor", "report"},
     {"cli", "console", "render", "api", "__main__"},
 ]
 HOMES = {
