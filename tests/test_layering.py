@@ -88,7 +88,7 @@ HOMES = {
 
 
 NUMERICS = [
-    "delta", "noise", "operator", "panels", "krylov", "ritz", "compress", "full", "certificate", "checks", "energy", "routes", "solve", "decompose",
+    "faults", "delta", "noise", "operator", "panels", "krylov", "ritz", "compress", "full", "certificate", "checks", "energy", "routes", "solve", "decompose",
 ]  # fmt: skip
 
 
