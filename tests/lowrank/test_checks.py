@@ -165,6 +165,16 @@ def test_energies_that_exceed_the_whole_are_refused() -> None:
         assert "energies do not add up" in told
 
 
+def test_factors_with_more_energy_than_the_whole_are_refused_where_nothing_is_left_to_be_seen() -> None:
+    op = Dense(delta_of(20, 30, "rank two").unsqueeze(0), torch.float32)
+    found, *_ = exact(op, 2)
+    psi = gaussian(["w"], "check", CHECK_ROWS, 20, CPU)
+    norm_sq = float(energies_of(op.dense()[0]).sum())
+    for share, told in ((1.0, False), (0.999, True)):
+        [text] = checks.problems(found, [share * norm_sq], psi, op.to_long(psi, precise=True))
+        assert ("energies do not add up" in text) == told
+
+
 @pytest.mark.parametrize("share", [0.9, 0.999, 1.001])
 def test_a_whole_spectrum_must_add_up(share: float) -> None:
     """Leading triplets that are left out are missed there alone: what is left is a right factorisation of its kind."""
