@@ -19,9 +19,11 @@ export HF_HUB_OFFLINE := 1
 run: $(STAMP)  ## the main job on real weights: prepare a demo zoo, extract, verify, score
 	$(BIN)/python -m jobs.demo
 
+# A file's tests stay in one process, for what they share. Ray's clusters come one after another: each fills a small machine.
 test: $(STAMP)  ## every test, the fast ones first
-	$(BIN)/python -m pytest -m "not slow and not servers"
-	$(BIN)/python -m pytest -m "slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not servers"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not ray"
+	$(BIN)/python -m pytest -m "slow and ray"
 
 test-tools:  ## Debian's chromium and prometheus, without which their tests are skipped; nothing where that cannot be done
 	@tests/tools.sh chromium prometheus

@@ -24,6 +24,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_prestart_worker_first_driver": "0",  # workers that nobody asked for, of 300 MB each
+    # An environment that a busy node could not set up is tried again soon, and not in ten minutes.
+    "BAD_RUNTIME_ENV_CACHE_TTL_SECONDS": "5",
     # A killed node is gone after some seconds; a busy one has all the time that it needs to answer.
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",

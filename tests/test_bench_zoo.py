@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import subprocess
 import sys
@@ -51,34 +50,25 @@ def test_its_answer_is_a_report_where_it_arrives() -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_the_drivers_cost_is_measured_on_ray() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.bench.dispatching", "300"],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    assert found["tasks"] == 270
-    assert found["processor_ms"] > 0
-    assert found["wall_ms"] > 0
-    assert 500 < found["task_bytes"] < 5000
-
-
-@pytest.mark.slow
-def test_a_night_and_a_plan_are_measured_saved_and_shown(tmp_path: Path) -> None:
+def test_a_night_a_plan_and_the_drivers_cost_are_measured_saved_and_shown(tmp_path: Path) -> None:
     out = tmp_path / "b.json"
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.bench", "--quick", "--only", "night,planning", "--dir", str(tmp_path), "--out", str(out)],
+        [sys.executable, "-m", "jobs.bench", "--quick", "--only", "night,planning,dispatch", "--dir", str(tmp_path), "--out", str(out)],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = results.read(out)
-    assert set(found) == {"night", "planning"}
+    assert set(found) == {"night", "planning", "dispatch"}
     [(name, row)] = found["night"].items()
     assert name == "10 × 70B, auto, 8 GPUs"
     assert 1 <= row["tail"] < 2
     assert found["planning"]["10 models"]["tensors"] == 7050
     assert found["planning"]["10 models"]["peak_mib"] > 10
+    [driven] = found["dispatch"].values()
+    assert driven["tasks"] == 360
+    assert driven["processor_ms"] > 0
+    assert driven["wall_ms"] > 0
+    assert 500 < driven["task_bytes"] < 5000
     assert "**Planning a zoo**" in done.stdout
     assert "Assumed, not measured" in done.stdout
 
