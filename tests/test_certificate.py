@@ -222,6 +222,16 @@ def test_a_bound_of_the_tail_converges_with_the_degree(kind: str) -> None:
     assert medians[-1] < 1.1
 
 
+def test_a_tail_that_is_no_number_is_bounded_by_nothing_and_spoils_no_other() -> None:
+    delta, V = deflated("flat")
+    both = Dense(torch.stack([torch.full_like(delta, math.nan), delta]), torch.float32)
+    alone = Dense(delta.unsqueeze(0), torch.float32)
+    beta = 0.9 * largest(delta, V)
+    unknown, known = tail_bound(both, torch.stack([V, V]), NAMES[:2], [beta, beta], [1.0, 1.0], 3)
+    assert unknown == math.inf
+    assert known == pytest.approx(tail_bound(alone, V.unsqueeze(0), NAMES[1:2], [beta], [1.0], 3)[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("degree", [1, 2, 3])
 def test_a_bound_of_the_tail_fails_as_often_as_is_said(degree: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactly so where the tail is one direction, and more seldom where others add to what Z sees."""

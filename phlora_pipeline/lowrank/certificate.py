@@ -15,9 +15,10 @@ is not, small x gives the gap-free one, Σ max(θ_i, μ + x). The left side is t
 and ours is Σσ_i² of the triplets that we return, so c is the difference over ‖ΔW‖_F², and a rounding term.
 
 **The tail.** μ comes from s random rows Z ~ N(0, 1), drawn independently of V: with T_j the Chebyshev polynomial of degree
-j, β > 0 and λ = λ_max(P) ≥ β,  N = ‖T_j(√(P/β))·(I − VᵀV)Zᵀ‖_F² ≥ T_j(√(λ/β))²·g  where g, the squared length of Z's
-component along the top eigenvector, is χ² of s degrees of freedom, whatever that vector is. With x_s the quantile
-P(χ²_s < x_s) = δ, therefore, but for a probability of δ = 1e-9 per tensor and estimate,
+j, β > 0, λ = λ_max(P) ≥ β and w its eigenvector, the s columns of  Y = T_j(√(P/β))·(I − VᵀV)Zᵀ  have wᵀY = T_j(√(λ/β))·wᵀZᵀ, and so
+N = ‖Y‖₂² ≥ T_j(√(λ/β))²·g  where g = ‖Zw‖² is χ² of s degrees of freedom, whatever w is. (In the spectral norm: in
+Frobenius's, all s columns of what is not w would count.) With x_s the quantile P(χ²_s < x_s) = δ, therefore, but for a
+probability of δ = 1e-9 per tensor and estimate,
 
     λ  ≤  β·cosh²(arccosh(√(N/x_s))/j).
 
@@ -39,7 +40,7 @@ import torch
 from torch import Tensor
 
 from phlora_pipeline.lowrank.delta import to_host
-from phlora_pipeline.lowrank.operator import Operator
+from phlora_pipeline.lowrank.operator import Operator, gram
 from phlora_pipeline.lowrank.panels import against, gaussian
 from phlora_pipeline.lowrank.ritz import Compression
 
@@ -128,11 +129,18 @@ def tail_bound(
         previous, current = previous / size, current / size
         shrunk += size.double().log().view(-1)
     roundings = op.roundings(norms_sq)
-    logs = to_host(current.double().square().sum(dim=(1, 2)).log() + 2 * shrunk)
+    logs = to_host(_largest(gram(current)).log() + 2 * shrunk)
     return [
         (math.sqrt(_inflated(beta, log, degree)) + rounding) ** 2 * _PANEL_ROUNDING
         for beta, log, rounding in zip(betas, logs, roundings, strict=True)
     ]
+
+
+def _largest(squares: Tensor) -> Tensor:
+    """λ_max of each Gram matrix; infinite where one is not finite, which LAPACK would refuse the whole batch for."""
+    finite = torch.isfinite(squares).all(dim=2).all(dim=1)
+    values = torch.linalg.eigvalsh(torch.where(finite.view(-1, 1, 1), squares, 0))[:, -1].clamp_min(0)
+    return torch.where(finite, values, math.inf)
 
 
 def _inflated(beta: float, log_length: float, degree: int) -> float:

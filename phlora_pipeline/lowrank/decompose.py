@@ -213,16 +213,19 @@ class _Group:
             form_delta(base, tuned, delta[row], None if rounded is None else rounded[row])
             for row, (base, tuned) in enumerate(self._pairs)
         ]
-        found = [_outcome(pair, row) for pair, row in zip(self._pairs, to_host(torch.stack(sums)), strict=True)]
+        measured = to_host(torch.stack(sums))
+        found = [_outcome(pair, row[:3]) for pair, row in zip(self._pairs, measured, strict=True)]
         wanted = _wanted(found)
         if not wanted:
             return found
         exponents = [scale_exponent(found[row].delta_sq) for row in wanted]
+        # What is scaled is rounded anew, and measured where it is asked for.
+        errors = None if rounded is None or any(exponents) else [math.sqrt(row[3]) for row in measured]
         for row, exponent in zip(wanted, exponents, strict=True):
             scale_(delta[row], exponent)
             if rounded is not None and exponent:
                 rounded[row].copy_(delta[row])  # anew: what is tiny was rounded to few bits
-        return self._finish(Dense(delta, low, rounded, spare).pick(wanted), found, wanted, exponents)
+        return self._finish(Dense(delta, low, rounded, spare, errors).pick(wanted), found, wanted, exponents)
 
     def _blocked(self) -> list[Outcome]:
         [(base, tuned)] = self._pairs

@@ -41,8 +41,9 @@ def form_delta(base: Tensor, tuned: Tensor, out: Tensor, rounded: Tensor | None 
         rounded: ΔW once more, rounded to this tensor's dtype, while it is in a processor's cache; contiguous, overwritten.
 
     Returns:
-        (3,) float64 on `out`'s device: ‖W_base‖_F², ‖W_tuned‖_F², ‖ΔW‖_F². A NaN or an infinity among the entries
-        makes the last one not finite, and nothing else does: squares of float32 values cannot overflow float64.
+        (3,) float64 on `out`'s device: ‖W_base‖_F², ‖W_tuned‖_F², ‖ΔW‖_F²; with `rounded` (4,), the last being
+        ‖ΔW − rounded‖_F². A NaN or an infinity among the entries makes ‖ΔW‖_F² not finite, and nothing else does: squares of
+        float32 values cannot overflow float64.
     """
     on_cpu = not (out.is_cuda or base.is_cuda or tuned.is_cuda)
     if on_cpu and not {base.dtype, tuned.dtype} & _WIDE:
@@ -57,6 +58,7 @@ def form_delta(base: Tensor, tuned: Tensor, out: Tensor, rounded: Tensor | None 
         sums += torch.stack([sum_of_squares(before), sum_of_squares(after), sum_of_squares(out.view(-1)[piece])])
     if rounded is not None:
         rounded.copy_(out)
+        sums = torch.cat([sums, distance_sq(out, rounded).view(1)])
     return sums
 
 
@@ -69,20 +71,23 @@ def _form_cached(base: Tensor, tuned: Tensor, out: Tensor, rounded: Tensor | Non
     scratch = torch.empty(min(_CACHED, out.numel()), dtype=torch.float32)
     sums: list[Tensor] = []
     for piece in _pieces(out.numel(), _CACHED):
-        delta, before = out[piece], scratch[: len(out[piece])]
-        before.copy_(base[piece])
+        delta, beside = out[piece], scratch[: len(out[piece])]
+        beside.copy_(base[piece])
         delta.copy_(tuned[piece])
-        sums += [_squares(before), _squares(delta)]
-        delta.sub_(before)
+        sums += [_squares(beside), _squares(delta)]
+        delta.sub_(beside)
         sums.append(_squares(delta))
         if rounded is not None:
-            rounded[piece].copy_(delta)
-    table = torch.stack(sums).view(-1, 3) if sums else torch.zeros(0, 3, dtype=torch.float64)
+            beside.copy_(rounded[piece].copy_(delta)).sub_(delta)
+            sums.append(_squares(beside))
+    columns = 3 if rounded is None else 4
+    table = torch.stack(sums).view(-1, columns) if sums else torch.zeros(0, columns, dtype=torch.float64)
     low, high = _FLOAT32_SQUARES
-    doubtful = ~((table >= low) & (table <= high)).all(dim=1)  # NaN is doubtful, too
+    norms = table[:, :3]  # what rounding takes may be nothing
+    doubtful = ~((norms >= low) & (norms <= high)).all(dim=1)  # NaN is doubtful, too
     for row in to_host(doubtful.nonzero().view(-1)):
         piece = slice(row * _CACHED, (row + 1) * _CACHED)
-        table[row] = torch.stack([sum_of_squares(side[piece]) for side in (base, tuned, out)])
+        norms[row] = torch.stack([sum_of_squares(side[piece]) for side in (base, tuned, out)])
     return table.sum(dim=0)
 
 

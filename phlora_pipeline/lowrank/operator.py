@@ -89,7 +89,12 @@ class Dense(_Sliced):
     _Ht: Tensor | None
 
     def __init__(
-        self, delta: Tensor, low: torch.dtype, rounded: Tensor | None = None, spare: Tensor | None = None
+        self,
+        delta: Tensor,
+        low: torch.dtype,
+        rounded: Tensor | None = None,
+        spare: Tensor | None = None,
+        errors: Sequence[float] | None = None,
     ) -> None:
         """Take a batch.
 
@@ -98,6 +103,7 @@ class Dense(_Sliced):
             low: dtype of the low-precision products: bfloat16 or float32.
             rounded: ΔW in that dtype, where it is at hand.
             spare: (b, k, d) of that dtype, for the transpose; overwritten.
+            errors: ‖ΔW − rounded‖_F of each, where it is known.
         """
         b, d, k = delta.shape
         self.turned = d > k
@@ -105,7 +111,7 @@ class Dense(_Sliced):
         self.device = delta.device
         self.low_unit = 0.0 if low == torch.float32 else LOW_UNIT
         self._delta, self._low, self._H = delta, low, rounded
-        self._Ht, self._spare = None, spare
+        self._Ht, self._spare, self._errors = None, spare, errors
         self._D = delta.mT if self.turned else delta
 
     def to_short(self, panel: Tensor, *, precise: bool = False) -> Tensor:
@@ -143,6 +149,8 @@ class Dense(_Sliced):
     def roundings(self, norms_sq: Sequence[float]) -> list[float]:
         if not self.low_unit:
             return [0.0] * len(norms_sq)
+        if self._errors is not None:
+            return list(self._errors)
         pairs = zip(self._delta, self._rounded()[0], strict=True)
         errors: list[float] = to_host(torch.stack([distance_sq(*pair) for pair in pairs]).sqrt())
         return errors
@@ -150,7 +158,8 @@ class Dense(_Sliced):
     def pick(self, rows: list[int]) -> Dense:
         if rows == list(range(self.shape[0])):
             return self
-        return Dense(self._delta[rows], self._low, None if self._H is None else self._H[rows])
+        errors = None if self._errors is None else [self._errors[row] for row in rows]
+        return Dense(self._delta[rows], self._low, None if self._H is None else self._H[rows], errors=errors)
 
 
 class Blocked(_Sliced):

@@ -72,9 +72,9 @@ class Profile:
 
 
 # Two cores of a Zen 4 server with AVX-512 BF16; measured by `phlora calibrate`.
-_CPU_BF16 = Profile("cpu-bf16", "bfloat16", 0.75, 7, 9, 4e11, 1.3e11, 5e10, 4.5e10, 1.0e11, 1.8e10, 2e-5)
+_CPU_BF16 = Profile("cpu-bf16", "bfloat16", 0.5, 9, 9, 4e11, 1.3e11, 5e10, 4.5e10, 1.0e11, 1.8e10, 2e-5)
 # The same, without its units for bfloat16: ratios between the rates matter here, not the rates.
-_CPU = Profile("cpu", "float32", 0.75, 7, 9, 1.3e11, 1.3e11, 5e10, 4.5e10, 1.0e11, 1.8e10, 2e-5)
+_CPU = Profile("cpu", "float32", 0.5, 9, 9, 1.3e11, 1.3e11, 5e10, 4.5e10, 1.0e11, 1.8e10, 2e-5)
 # From the vendors' peak rates, halved; no such device has been measured yet. SVD and eigh of one matrix use few of its units.
 _SM80 = Profile("sm80", "bfloat16", 1.25, 5, 19, 1e14, 1e13, 8e12, 4e11, 2e11, 1e12, 1e-5)
 _SM90 = Profile("sm90", "bfloat16", 1.25, 5, 19, 4e14, 3e13, 2.5e13, 6e11, 3e11, 2e12, 1e-5)

@@ -77,8 +77,9 @@ def test_views_are_what_they_show() -> None:
 def test_the_rounded_copy_is_that_of_the_float32_difference(low: torch.dtype, stored: torch.dtype) -> None:
     base, tuned = normal(33, 65).to(stored), normal(33, 65, seed=1).to(stored)
     out, rounded = torch.empty(33, 65), torch.empty(33, 65, dtype=low)
-    form_delta(base, tuned, out, rounded)
+    sums = form_delta(base, tuned, out, rounded).tolist()
     assert torch.equal(rounded, out.to(low))
+    assert sums == pytest.approx([squared(base), squared(tuned), squared(out), squared(out - rounded)], rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -126,6 +126,12 @@ class TestDense:
         assert found == pytest.approx([float(torch.dist(each, each.bfloat16().float())) for each in delta], rel=1e-5)
         assert found[1] == 0
 
+    def test_roundings_that_were_measured_are_taken_as_they_are(self) -> None:
+        delta = normal(3, 6, 8)
+        op = Dense(delta, torch.bfloat16, delta.bfloat16(), errors=[0.1, 0.2, 0.3])
+        assert op.roundings([1.0, 1.0, 1.0]) == [0.1, 0.2, 0.3]
+        assert op.pick([2, 0]).roundings([1.0, 1.0]) == [0.3, 0.1]
+
     def test_it_is_not_rounded_for_routes_that_need_no_low_precision(self) -> None:
         op = Dense(normal(1, 6, 8), torch.bfloat16)
         op.gram(torch.float64)
