@@ -6,9 +6,10 @@ slice, then the processor does it. The tolerance stays the same, and the notes s
 
 from __future__ import annotations
 
+import itertools
 import math
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -93,6 +94,7 @@ def decompose(
     profile: Profile,
     device: torch.device,
     workspaces: list[Workspace] | None = None,
+    formed: Callable[[], None] | None = None,
 ) -> list[Outcome]:
     """Factors of every pair of one shape.
 
@@ -106,6 +108,8 @@ def decompose(
         profile: rates of the device, for the route.
         device: where ΔW is formed and factorised.
         workspaces: to be used again for further calls; filled up as needed.
+        formed: called on a processor once every ΔW is formed and held: other tensors may then lie where the pairs did.
+            Where memory runs out after that it is an error: nothing can be formed again.
 
     Returns:
         One outcome per pair, in order.
@@ -116,12 +120,18 @@ def decompose(
         pairs.clear()
         return group.solve()
 
-    def alone(pair: Pair, name: str, workspace: Workspace) -> Outcome:
-        return _Group([pair], [name], settings, profile, device, workspace).solve()[0]
+    count = itertools.count(1)
+
+    def one_formed() -> None:
+        if formed and next(count) == len(names):
+            formed()
+
+    def alone(pair: list[Pair], name: str, workspace: Workspace) -> Outcome:
+        return _Group(pair, [name], settings, profile, device, workspace, one_formed if formed else None).solve()[0]
 
     threads = torch.get_num_threads()
     if not pairs or pairs[0][0].numel() > BESIDE_ENTRIES:
-        return [alone(pairs.pop(0), name, _one_of(spare)) for name in names]
+        return [alone([pairs.pop(0)], name, _one_of(spare)) for name in names]
     spare += [Workspace() for _ in range(threads - len(spare))]
     free: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
     for workspace in spare:
@@ -130,7 +140,7 @@ def decompose(
     def one(index: int) -> Outcome:
         workspace = free.get()
         try:
-            return alone(waiting.pop(index), names[index], workspace)
+            return alone([waiting.pop(index)], names[index], workspace)
         finally:
             free.put(workspace)
 
@@ -161,9 +171,10 @@ class _Group:
         profile: Profile,
         device: torch.device,
         workspace: Workspace,
+        formed: Callable[[], None] | None = None,
     ) -> None:
         self._pairs, self._names, self._settings = pairs, names, settings
-        self._profile, self._device, self._workspace = profile, device, workspace
+        self._profile, self._device, self._workspace, self._formed = profile, device, workspace, formed
         self._shape: tuple[int, int] = tuple(pairs[0][0].shape)  # type: ignore[assignment]
 
     def solve(self) -> list[Outcome]:
@@ -172,7 +183,7 @@ class _Group:
         try:
             return self._dense()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not (_out_of_memory(error) and self._pairs):
                 raise
         return _noted(self._smaller(), f"out of memory on {self._device.type} with {len(self._pairs)} at once")
 
@@ -213,6 +224,9 @@ class _Group:
             for row, (base, tuned) in enumerate(self._pairs)
         ]
         found = [_outcome(pair, row) for pair, row in zip(self._pairs, to_host(torch.stack(sums)), strict=True)]
+        if self._formed:
+            self._pairs.clear()
+            self._formed()
         wanted = _wanted(found)
         if not wanted:
             return found

@@ -383,6 +383,31 @@ class TestSideBySide:
             lowrank.decompose(pairs, list("abcde")[:count], Settings(4), SHORT["cpu"], CPU)
             assert pairs == []
 
+    @pytest.mark.parametrize("profile", SHORT.values(), ids=SHORT)
+    @pytest.mark.parametrize("solver", ["krylov", "gram", "exact"])
+    def test_once_all_are_formed_the_pairs_are_not_needed(self, solver: Any, profile: Any) -> None:
+        """What was read next lies there by then, and no bit of the factors is of it."""
+        pairs = [pair_of(delta.clone()) for delta in self.DELTAS]
+        stored, calls = [side for pair in pairs for side in pair], []
+
+        def formed() -> None:
+            calls.append(len(pairs))
+            for side in stored:
+                side.fill_(float("nan"))
+
+        wanted, names = Settings(4, solver=solver), [f"w{number}" for number in range(len(pairs))]
+        expected = outcomes(self.DELTAS, wanted, profile=profile, names=names)
+        found = lowrank.decompose(pairs, names, wanted, profile, CPU, None, formed)
+        assert calls == [0]
+        for one, other in zip(found, expected, strict=True):
+            assert same_bytes(one.factors, other.factors)
+            assert one.delta_sq == other.delta_sq
+
+    def test_memory_that_runs_out_after_that_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(operators.Dense, "to_long", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            lowrank.decompose([pair_of(self.DELTAS[0])], ["w"], Settings(4), SHORT["cpu"], CPU, None, lambda: None)
+
     def test_threads_are_as_before_whatever_happens(self, monkeypatch: pytest.MonkeyPatch) -> None:
         outcomes(self.DELTAS, Settings(4))
         assert torch.get_num_threads() == 2
