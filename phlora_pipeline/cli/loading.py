@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import os
 from collections.abc import Iterator
-
-_M_ARENA_MAX = -8
-"""Of glibc's `malloc.h`."""
 
 
 @contextlib.contextmanager
@@ -22,9 +18,6 @@ def loading() -> Iterator[None]:
     # OpenMP's threads spin between one thin product and the next, and on a shared machine take the processor from each
     # other: with a short spin a third of the time on a busy one, with none a third more on a quiet one.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # One heap for all threads: those that solve would each have their own, and keep there what they have freed.
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # a system without glibc
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
     gc.disable()
     try:
         yield

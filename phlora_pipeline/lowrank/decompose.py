@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -148,10 +150,22 @@ def decompose(
     pairs.clear()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads, thread_name_prefix="phlora-solve") as pool:
-            return list(pool.map(one, range(len(names))))
+        solving = [_solvers(os.getpid(), threads).submit(one, index) for index in range(len(names))]
+        try:
+            return [found.result() for found in solving]
+        finally:
+            for found in solving:
+                if not found.cancel():
+                    found.exception()
     finally:
         torch.set_num_threads(threads)
+
+
+@cache
+def _solvers(process: int, threads: int) -> ThreadPoolExecutor:
+    # For good: every new thread would get a heap of its own, and leave what it has freed there behind. Keyed by process:
+    # threads do not survive a fork.
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"phlora-solve-{process}")
 
 
 def _one_of(workspaces: list[Workspace]) -> Workspace:

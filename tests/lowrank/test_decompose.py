@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -356,14 +357,13 @@ class TestSideBySide:
         assert len(workspaces) == 2
 
     def test_a_thread_that_is_held_up_takes_nobody_elses(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The last to be asked comes first, as it may on a busy machine."""
+        """The first to be asked comes last, as it may on a busy machine."""
 
-        class Backwards(ThreadPoolExecutor):
-            def map(self, function: Any, items: Any) -> list[Any]:
-                asked = [self.submit(function, item) for item in reversed(list(items))]
-                return [future.result() for future in reversed(asked)]
+        class HeldUp(ThreadPoolExecutor):
+            def submit(self, function: Any, index: int) -> Any:  # type: ignore[override]
+                return super().submit(lambda: (time.sleep(0.2 * (index == 0)), function(index))[1])
 
-        monkeypatch.setattr(decomposing, "ThreadPoolExecutor", Backwards)
+        monkeypatch.setattr(decomposing, "_solvers", lambda _, threads: HeldUp(threads))
         for outcome, delta in zip(outcomes(self.DELTAS, Settings(4)), self.DELTAS, strict=True):
             assert outcome.delta_sq == pytest.approx(float(delta.double().square().sum()), rel=1e-5)
             assert_is_best(outcome.factors, delta, 4)
@@ -419,7 +419,7 @@ class TestSideBySide:
     def test_large_ones_are_done_one_after_another(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """On all threads, in one workspace: what decides is the size, and not the number."""
         monkeypatch.setattr(decomposing, "BESIDE_ENTRIES", 100 * 130 - 1)
-        monkeypatch.setattr(decomposing, "ThreadPoolExecutor", None)
+        monkeypatch.setattr(decomposing, "_solvers", None)
         workspaces: list[Workspace] = []
         found = outcomes(self.DELTAS, Settings(4), workspaces=workspaces)
         assert len(workspaces) == 1
