@@ -229,10 +229,9 @@ class _Group:
         growing = self._settings.energy is not None
         tried, _ = planned(d, k, rank, self._settings.solver, self._profile, growing=growing)
         delta = self._workspace.take("delta", (b, d, k), torch.float32, self._device)
-        rounded = spare = None
+        rounded = None
         if tried and low != torch.float32 and self._device.type == "cpu":
             rounded = self._workspace.take("rounded", (b, d, k), low, self._device)
-            spare = self._workspace.take("transpose", (b, k, d), low, self._device)
         sums = [
             form_delta(base, tuned, delta[row], None if rounded is None else rounded[row])
             for row, (base, tuned) in enumerate(self._pairs)
@@ -249,7 +248,7 @@ class _Group:
             scale_(delta[row], exponent)
             if rounded is not None and exponent:
                 rounded[row].copy_(delta[row])  # anew: what is tiny was rounded to few bits
-        return self._finish(Dense(delta, low, rounded, spare).pick(wanted), found, wanted, exponents)
+        return self._finish(Dense(delta, low, rounded).pick(wanted), found, wanted, exponents)
 
     def _blocked(self) -> list[Outcome]:
         [(base, tuned)] = self._pairs
