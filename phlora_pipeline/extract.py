@@ -11,8 +11,9 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -170,16 +171,29 @@ class Worker:
         if prefetch is not None and not _is_streamed(prefetch):
             hint = [_base(prefetch.members[0]), _tuned(prefetch.members[0])]
         nbytes = task.base_bytes
-        for number, base, tuned in self._sides(_base(pending[0]), [_tuned(member) for member in pending], hint):
+        tunes = [_tuned(member) for member in pending]
+        for number, base, tuned, following in self._sides(_base(pending[0]), tunes, hint):
             member = pending[number]
             if isinstance(tuned, PhloraError):
                 done[member.part_url] = _gone(member, tuned)
                 continue
             nbytes += member.tuned_bytes
-            results, factors = compute(member, task.profile, base, tuned, self.device, self._workspaces)
+            formed = None
+            if self.device.type == "cpu" and task.block.purpose == "factor":
+                over = [tuned] if number + 1 < len(pending) else [base, tuned]
+                formed = partial(self._read_in_place, over, following)
+            else:
+                self._reader.read_ahead(following)
+            results, factors = compute(member, task.profile, base, tuned, self.device, self._workspaces, formed)
             parts.store(member.part_url, results, factors)
             done[member.part_url] = _report(member, results)
         return nbytes
+
+    def _read_in_place(self, over: Sequence[list[Tensor]], following: Sequence[list[TensorRef]]) -> None:
+        """What is likely to come next, where tensors were of which nothing is needed any more."""
+        for tensors in over:
+            self._reader.give_back(tensors)
+        self._reader.read_ahead(following)
 
     def _streamed(self, pending: Sequence[Member], done: dict[str, BlockReport]) -> int:
         """Norms of tensors that are not held as a whole, piece after piece. Returns bytes read."""
@@ -194,7 +208,8 @@ class Worker:
                 hint = [[pair.base.entries(start + PIECE, start + 2 * PIECE)]] if start != starts[-1] else []
                 pieces = [[member.block.pairs[row].tuned.entries(start, start + PIECE)] for member in left]
                 nbytes += base[0].nbytes
-                for number, before, after in self._sides(base, pieces, hint):
+                for number, before, after, following in self._sides(base, pieces, hint):
+                    self._reader.read_ahead(following)
                     member = left[number]
                     if isinstance(after, PhloraError):
                         done[member.part_url] = _gone(member, after)
@@ -217,8 +232,8 @@ class Worker:
 
     def _sides(
         self, base: list[TensorRef], tuned: Sequence[list[TensorRef]], hint: Sequence[list[TensorRef]]
-    ) -> Iterator[tuple[int, list[Tensor], list[Tensor] | PhloraError]]:
-        """The base's tensors, read once, beside those of one model after another, each read while the last one is computed.
+    ) -> Iterator[tuple[int, list[Tensor], list[Tensor] | PhloraError, Sequence[list[TensorRef]]]]:
+        """The base's tensors, read once, beside those of one model after another, and what is likely to be taken next.
 
         A checkpoint that was replaced or removed comes as an error: one model's own, or of all that are left.
         """
@@ -227,13 +242,13 @@ class Worker:
             with self._reader.taken(base, tuned[:1]) as before:
                 for number, refs in enumerate(tuned):
                     try:
-                        with self._reader.taken(refs, tuned[number + 1 : number + 2] or hint) as after:
-                            yield number, before, after
+                        with self._reader.taken(refs) as after:
+                            yield number, before, after, tuned[number + 1 : number + 2] or hint
                     except _OF_A_SOURCE as error:
-                        yield number, before, error
+                        yield number, before, error, []
         except _OF_A_SOURCE as error:
             for left in range(number, len(tuned)):
-                yield left, [], error
+                yield left, [], error, []
 
 
 def compute(
@@ -243,6 +258,7 @@ def compute(
     tuned: Sequence[Tensor],
     device: torch.device,
     workspaces: list[lowrank.Workspace] | None = None,
+    formed: Callable[[], None] | None = None,
 ) -> tuple[list[TensorResult], dict[str, tuple[Tensor, Tensor]]]:
     """The pure middle of a task: tensors in, results and factors out.
 
@@ -252,6 +268,7 @@ def compute(
         base, tuned: the two tensors of each pair, as they were read.
         device: where ΔW is formed and factorised.
         workspaces: buffers that an earlier call has left.
+        formed: as of `lowrank.decompose`.
 
     Returns:
         One result per pair, in the block's order, and the CPU factors of those that were factorised.
@@ -263,7 +280,7 @@ def compute(
     else:
         profile = profile if profile.name not in lowrank.PROFILES else profile_of(device)
         names = [pair.name for pair in pairs]
-        outcomes = lowrank.decompose(sides, names, member.settings, profile, device, workspaces)
+        outcomes = lowrank.decompose(sides, names, member.settings, profile, device, workspaces, formed)
     factors = {
         pair.name: (found.factors.A.cpu(), found.factors.B.cpu())
         for pair, found in zip(pairs, outcomes, strict=True)

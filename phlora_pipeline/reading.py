@@ -44,6 +44,7 @@ class Reader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="phlora-read-ahead")
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._free: list[bytearray] = []
+        self._lent: dict[int, bytearray] = {}
         self._ahead: list[tuple[Sequence[TensorRef], Future[_Loaded]]] = []
         self.waited = 0.0
 
@@ -61,16 +62,28 @@ class Reader:
         began = time.monotonic()
         loaded = self._take(refs)
         self.waited += time.monotonic() - began
+        if loaded.memory is not None:
+            self._lent[id(loaded.tensors)] = loaded.memory
         try:
-            waiting = [hint for hint, _ in self._ahead]
-            self._ahead += [
-                (hint, self._thread.submit(self._read, hint))
-                for hint in following
-                if hint not in waiting and room_for(hint) <= self._most_bytes
-            ]
+            self.read_ahead(following)
             yield loaded.tensors
         finally:
-            self._release(loaded)
+            self.give_back(loaded.tensors)
+
+    def read_ahead(self, following: Sequence[Sequence[TensorRef]]) -> None:
+        """Begin to read the lists that are likely to be taken next."""
+        waiting = [hint for hint, _ in self._ahead]
+        self._ahead += [
+            (hint, self._thread.submit(self._read, hint))
+            for hint in following
+            if hint not in waiting and room_for(hint) <= self._most_bytes
+        ]
+
+    def give_back(self, tensors: list[Tensor]) -> None:
+        """Before the block ends that they were taken for: what is read ahead from now on may go where they were."""
+        tensors.clear()
+        if (memory := self._lent.pop(id(tensors), None)) is not None:
+            self._free.append(memory)
 
     def _take(self, refs: Sequence[TensorRef]) -> _Loaded:
         while self._ahead:
@@ -78,8 +91,8 @@ class Reader:
             if hint == refs:
                 return ahead.result()
             # What comes in another order than it was hinted at is no longer wanted.
-            if not ahead.cancel() and ahead.exception() is None:
-                self._release(ahead.result())
+            if not ahead.cancel() and ahead.exception() is None and (memory := ahead.result().memory) is not None:
+                self._free.append(memory)
         return self._read(refs)
 
     def _read(self, refs: Sequence[TensorRef]) -> _Loaded:
@@ -104,11 +117,6 @@ class Reader:
         if self._free:
             self._free.pop()
         return bytearray(wanted)
-
-    def _release(self, loaded: _Loaded) -> None:
-        loaded.tensors.clear()
-        if loaded.memory is not None:
-            self._free.append(loaded.memory)
 
 
 def _on_device(stored: list[Tensor], device: torch.device, copies: torch.cuda.Stream) -> list[Tensor]:

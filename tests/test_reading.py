@@ -149,3 +149,15 @@ def test_without_room_for_the_copies_tensors_stay_where_they_are(
     monkeypatch.setattr(reading, "_on_device", Mock(side_effect=RuntimeError("CUDA error: unspecified launch failure")))
     with pytest.raises(RuntimeError, match="launch failure"), reader.taken([refs[5]]):
         pass
+
+
+def test_what_is_read_ahead_goes_where_nothing_is_needed_any_more(refs: list[TensorRef]) -> None:
+    reader = Reader(CPU, 1 << 20)
+    with reader.taken([refs[5]]) as stored:
+        at = stored[0].data_ptr()
+        reader.give_back(stored)
+        reader.read_ahead([[refs[4]]])
+        with reader.taken([refs[4]]) as following:
+            assert (following[0].data_ptr(), stored) == (at, [])
+            assert torch.equal(following[0], tensor(4))
+    assert len(reader._free) == 1  # once, however often it is given back

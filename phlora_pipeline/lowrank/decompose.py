@@ -6,11 +6,14 @@ slice, then the processor does it. The tolerance stays the same, and the notes s
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -94,6 +97,7 @@ def decompose(
     profile: Profile,
     device: torch.device,
     workspaces: list[Workspace] | None = None,
+    formed: Callable[[], None] | None = None,
 ) -> list[Outcome]:
     """Factors of every pair of one shape.
 
@@ -107,6 +111,8 @@ def decompose(
         profile: rates of the device, for the route.
         device: where ΔW is formed and factorised.
         workspaces: to be used again for further calls; filled up as needed.
+        formed: called on a processor once every ΔW is formed and held: other tensors may then lie where the pairs did.
+            Where memory runs out after that it is an error: nothing can be formed again.
 
     Returns:
         One outcome per pair, in order.
@@ -117,12 +123,18 @@ def decompose(
         pairs.clear()
         return group.solve()
 
-    def alone(pair: Pair, name: str, workspace: Workspace) -> Outcome:
-        return _Group([pair], [name], settings, profile, device, workspace).solve()[0]
+    count = itertools.count(1)
+
+    def one_formed() -> None:
+        if formed and next(count) == len(names):
+            formed()
+
+    def alone(pair: list[Pair], name: str, workspace: Workspace) -> Outcome:
+        return _Group(pair, [name], settings, profile, device, workspace, one_formed if formed else None).solve()[0]
 
     threads = torch.get_num_threads()
     if not pairs or pairs[0][0].numel() > BESIDE_ENTRIES:
-        return [alone(pairs.pop(0), name, _one_of(spare)) for name in names]
+        return [alone([pairs.pop(0)], name, _one_of(spare)) for name in names]
     spare += [Workspace() for _ in range(threads - len(spare))]
     free: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
     for workspace in spare:
@@ -131,7 +143,7 @@ def decompose(
     def one(index: int) -> Outcome:
         workspace = free.get()
         try:
-            return alone(waiting.pop(index), names[index], workspace)
+            return alone([waiting.pop(index)], names[index], workspace)
         finally:
             free.put(workspace)
 
@@ -139,10 +151,22 @@ def decompose(
     pairs.clear()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads, thread_name_prefix="phlora-solve") as pool:
-            return list(pool.map(one, range(len(names))))
+        solving = [_solvers(os.getpid(), threads).submit(one, index) for index in range(len(names))]
+        try:
+            return [found.result() for found in solving]
+        finally:
+            for found in solving:
+                if not found.cancel():
+                    found.exception()
     finally:
         torch.set_num_threads(threads)
+
+
+@cache
+def _solvers(process: int, threads: int) -> ThreadPoolExecutor:
+    # For good: every new thread would get a heap of its own, and leave what it has freed there behind. Keyed by process:
+    # threads do not survive a fork.
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"phlora-solve-{process}")
 
 
 def _one_of(workspaces: list[Workspace]) -> Workspace:
@@ -162,9 +186,10 @@ class _Group:
         profile: Profile,
         device: torch.device,
         workspace: Workspace,
+        formed: Callable[[], None] | None = None,
     ) -> None:
         self._pairs, self._names, self._settings = pairs, names, settings
-        self._profile, self._device, self._workspace = profile, device, workspace
+        self._profile, self._device, self._workspace, self._formed = profile, device, workspace, formed
         self._shape: tuple[int, int] = tuple(pairs[0][0].shape)  # type: ignore[assignment]
 
     def solve(self) -> list[Outcome]:
@@ -173,7 +198,7 @@ class _Group:
         try:
             return self._dense()
         except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
+            if not (out_of_memory(error) and self._pairs):
                 raise
         return _noted(self._smaller(), f"out of memory on {self._device.type} with {len(self._pairs)} at once")
 
@@ -205,16 +230,18 @@ class _Group:
         growing = self._settings.energy is not None
         tried, _ = planned(d, k, rank, self._settings.solver, self._profile, growing=growing)
         delta = self._workspace.take("delta", (b, d, k), torch.float32, self._device)
-        rounded = spare = None
+        rounded = None
         if tried and low != torch.float32 and self._device.type == "cpu":
             rounded = self._workspace.take("rounded", (b, d, k), low, self._device)
-            spare = self._workspace.take("transpose", (b, k, d), low, self._device)
         sums = [
             form_delta(base, tuned, delta[row], None if rounded is None else rounded[row])
             for row, (base, tuned) in enumerate(self._pairs)
         ]
         measured = to_host(torch.stack(sums))
         found = [_outcome(pair, row[:3]) for pair, row in zip(self._pairs, measured, strict=True)]
+        if self._formed:
+            self._pairs.clear()
+            self._formed()
         wanted = _wanted(found)
         if not wanted:
             return found
@@ -225,7 +252,7 @@ class _Group:
             scale_(delta[row], exponent)
             if rounded is not None and exponent:
                 rounded[row].copy_(delta[row])  # anew: what is tiny was rounded to few bits
-        return self._finish(Dense(delta, low, rounded, spare, errors).pick(wanted), found, wanted, exponents)
+        return self._finish(Dense(delta, low, rounded, errors).pick(wanted), found, wanted, exponents)
 
     def _blocked(self) -> list[Outcome]:
         [(base, tuned)] = self._pairs

@@ -86,15 +86,8 @@ class _Sliced:
 class Dense(_Sliced):
     """ΔW resident in float32, and once more in the low precision, where there is one."""
 
-    _Ht: Tensor | None
-
     def __init__(
-        self,
-        delta: Tensor,
-        low: torch.dtype,
-        rounded: Tensor | None = None,
-        spare: Tensor | None = None,
-        errors: Sequence[float] | None = None,
+        self, delta: Tensor, low: torch.dtype, rounded: Tensor | None = None, errors: Sequence[float] | None = None
     ) -> None:
         """Take a batch.
 
@@ -102,7 +95,6 @@ class Dense(_Sliced):
             delta: (b, d, k) float32.
             low: dtype of the low-precision products: bfloat16 or float32.
             rounded: ΔW in that dtype, where it is at hand.
-            spare: (b, k, d) of that dtype, for the transpose; overwritten.
             errors: ‖ΔW − rounded‖_F of each, where it is known.
         """
         b, d, k = delta.shape
@@ -111,7 +103,7 @@ class Dense(_Sliced):
         self.device = delta.device
         self.low_unit = 0.0 if low == torch.float32 else LOW_UNIT
         self._delta, self._low, self._H = delta, low, rounded
-        self._Ht, self._spare, self._errors = None, spare, errors
+        self._errors = errors
         self._D = delta.mT if self.turned else delta
 
     def to_short(self, panel: Tensor, *, precise: bool = False) -> Tensor:
@@ -125,16 +117,10 @@ class Dense(_Sliced):
         return apply(panel.to(self._low), self._rounded()[not self.turned]).float()
 
     def _rounded(self) -> tuple[Tensor, Tensor]:
-        """ΔW in low precision, and its transpose: on a processor with its own rows in memory, which products read faster."""
+        """ΔW in low precision, and its transpose."""
         if self._H is None:  # only the routes that look for a subspace need it
             self._H = self._delta.to(self._low)
-        if self._Ht is None:
-            self._Ht = self._H.mT
-            if self._spare is not None:
-                for transposed, matrix in zip(self._spare, self._H, strict=True):
-                    transposed.copy_(matrix.mT)  # of two dimensions it goes by tiles, of three entry by entry
-                self._Ht = self._spare
-        return self._H, self._Ht
+        return self._H, self._H.mT
 
     def slices(self) -> Iterator[tuple[slice, Tensor]]:
         _, m, n = self.shape

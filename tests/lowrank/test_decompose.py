@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -359,14 +360,13 @@ class TestSideBySide:
         assert len(workspaces) == 2
 
     def test_a_thread_that_is_held_up_takes_nobody_elses(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The last to be asked comes first, as it may on a busy machine."""
+        """The first to be asked comes last, as it may on a busy machine."""
 
-        class Backwards(ThreadPoolExecutor):
-            def map(self, function: Any, items: Any) -> list[Any]:
-                asked = [self.submit(function, item) for item in reversed(list(items))]
-                return [future.result() for future in reversed(asked)]
+        class HeldUp(ThreadPoolExecutor):
+            def submit(self, function: Any, index: int) -> Any:  # type: ignore[override]
+                return super().submit(lambda: (time.sleep(0.2 * (index == 0)), function(index))[1])
 
-        monkeypatch.setattr(decomposing, "ThreadPoolExecutor", Backwards)
+        monkeypatch.setattr(decomposing, "_solvers", lambda _, threads: HeldUp(threads))
         for outcome, delta in zip(outcomes(self.DELTAS, Settings(4)), self.DELTAS, strict=True):
             assert outcome.delta_sq == pytest.approx(float(delta.double().square().sum()), rel=1e-5)
             assert_is_best(outcome.factors, delta, 4)
@@ -386,6 +386,31 @@ class TestSideBySide:
             lowrank.decompose(pairs, list("abcde")[:count], Settings(4), SHORT["cpu"], CPU)
             assert pairs == []
 
+    @pytest.mark.parametrize("profile", SHORT.values(), ids=SHORT)
+    @pytest.mark.parametrize("solver", ["krylov", "gram", "exact"])
+    def test_once_all_are_formed_the_pairs_are_not_needed(self, solver: Any, profile: Any) -> None:
+        """What was read next lies there by then, and no bit of the factors is of it."""
+        pairs = [pair_of(delta.clone()) for delta in self.DELTAS]
+        stored, calls = [side for pair in pairs for side in pair], []
+
+        def formed() -> None:
+            calls.append(len(pairs))
+            for side in stored:
+                side.fill_(float("nan"))
+
+        wanted, names = Settings(4, solver=solver), [f"w{number}" for number in range(len(pairs))]
+        expected = outcomes(self.DELTAS, wanted, profile=profile, names=names)
+        found = lowrank.decompose(pairs, names, wanted, profile, CPU, None, formed)
+        assert calls == [0]
+        for one, other in zip(found, expected, strict=True):
+            assert same_bytes(one.factors, other.factors)
+            assert one.delta_sq == other.delta_sq
+
+    def test_memory_that_runs_out_after_that_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(operators.Dense, "to_long", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            lowrank.decompose([pair_of(self.DELTAS[0])], ["w"], Settings(4), SHORT["cpu"], CPU, None, lambda: None)
+
     def test_threads_are_as_before_whatever_happens(self, monkeypatch: pytest.MonkeyPatch) -> None:
         outcomes(self.DELTAS, Settings(4))
         assert torch.get_num_threads() == 2
@@ -397,7 +422,7 @@ class TestSideBySide:
     def test_large_ones_are_done_one_after_another(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """On all threads, in one workspace: what decides is the size, and not the number."""
         monkeypatch.setattr(decomposing, "BESIDE_ENTRIES", 100 * 130 - 1)
-        monkeypatch.setattr(decomposing, "ThreadPoolExecutor", None)
+        monkeypatch.setattr(decomposing, "_solvers", None)
         workspaces: list[Workspace] = []
         found = outcomes(self.DELTAS, Settings(4), workspaces=workspaces)
         assert len(workspaces) == 1

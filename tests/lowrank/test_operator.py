@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -109,16 +107,6 @@ class TestDense:
         op = Dense(delta, torch.bfloat16, rounded=torch.zeros(1, 6, 8, dtype=torch.bfloat16))
         assert not op.to_long(normal(1, 2, 6)).any()
         assert op.to_long(normal(1, 2, 6), precise=True).any()
-
-    @pytest.mark.parametrize(("d", "k"), [(6, 8), (8, 6)])
-    def test_a_transpose_with_its_own_memory_is_the_same(self, d: int, k: int) -> None:
-        delta, panels = normal(2, d, k), (normal(2, 3, 6, seed=1), normal(2, 3, 8, seed=2))
-        plain = Dense(delta, torch.bfloat16)
-        spare = torch.full((2, k, d), math.nan, dtype=torch.bfloat16)
-        given = Dense(delta, torch.bfloat16, delta.bfloat16(), spare)
-        torch.testing.assert_close(given.to_long(panels[0]), plain.to_long(panels[0]))
-        torch.testing.assert_close(given.to_short(panels[1]), plain.to_short(panels[1]))
-        assert torch.equal(spare, delta.bfloat16().mT)
 
     def test_each_of_a_batch_has_its_own_roundings(self) -> None:
         delta = torch.cat([normal(1, 6, 8), torch.ones(1, 6, 8), 100 * normal(1, 6, 8, seed=1)])
