@@ -47,7 +47,7 @@ def conclude(config: RunConfig, prepared: Prepared, lost: Mapping[str, str], run
     Args:
         config: where to, and what is tolerated.
         prepared: the plan.
-        lost: part URL → why there is none.
+        lost: part URL → why its block was given up.
         run_url: where the rows of a failed model go.
 
     Raises:

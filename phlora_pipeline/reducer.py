@@ -96,7 +96,7 @@ def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint,
 
     Args:
         plan: whose parts.
-        lost: part URL → reason, for blocks that could not be done; they have no part.
+        lost: part URL → reason, for blocks that were given up. A worker may have died after it had stored its part: that counts.
         dtype: of the adapter, or `auto`.
         base, tuned: the checkpoints' headers.
 
@@ -106,7 +106,8 @@ def reduce(plan: Plan, lost: Mapping[str, str], *, dtype: str, base: Checkpoint,
     results: dict[str, TensorResult] = {}
     sources: dict[str, Part] = {}
     for member in (member for task in plan.tasks for member in task.members):
-        if (reason := lost.get(member.part_url)) is not None:
+        reason = lost.get(member.part_url)
+        if reason is not None and storage.stat(member.part_url) is None:
             results |= {pair.name: TensorResult(pair.name, "failed", reason=reason) for pair in member.block.pairs}
             continue
         part = parts.load(member.part_url)

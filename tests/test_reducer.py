@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from phlora_pipeline import reducer, storage
-from phlora_pipeline.errors import ConflictError
+from phlora_pipeline import pipeline, reducer, storage
+from phlora_pipeline.config import RunConfig
+from phlora_pipeline.errors import ConflictError, ModelFailedError
+from phlora_pipeline.plan import Plan
 from phlora_pipeline.verify import verify
 from tests import runs, toys
 
@@ -27,6 +30,37 @@ def test_the_config_goes_first_when_an_adapter_is_removed(
     reducer.unpublish(str(tmp_path / "out"))
     assert gone[0] == "adapter_config.json"
     assert set(gone) == set(reducer.PUBLISHED)
+
+
+def test_a_part_that_was_stored_before_its_worker_died_is_a_part(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given up after two workers, the last of which had done it: nothing failed. Where it is missing, only that is made again."""
+    runs.extract(*pair, tmp_path / "undisturbed")
+    watcher, computed, missing = runs.Watcher(), pipeline.compute, list[str]()
+
+    def given_up(config: RunConfig, plan: Plan, *others: Any) -> dict[str, str]:
+        assert not computed(config, plan, *others)
+        for url in missing:
+            storage.delete(url)
+        return {member.part_url: "its worker died" for task in plan.tasks for member in task.members}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "compute", given_up)
+        runs.extract(*pair, tmp_path / "out", observer=watcher)
+        assert watcher.plan is not None
+        missing += [member.part_url for task in watcher.plan.tasks for member in task.members][:1]
+        missing[0] = missing[0].replace(f"{tmp_path}/out", f"{tmp_path}/again")
+        with pytest.raises(ModelFailedError, match="its worker died"):
+            runs.extract(*pair, tmp_path / "again")
+    resumed = runs.Watcher()
+    assert runs.extract(*pair, tmp_path / "again", observer=resumed).outcome == "committed"
+    made = [block.part_url for report in resumed.reports for block in report.blocks if not block.reused]
+    assert (made, len(resumed.reports)) == (missing, len(watcher.reports))
+    assert len(watcher.reports) > 1
+    assert (
+        runs.contents(tmp_path / "out") == runs.contents(tmp_path / "undisturbed") == runs.contents(tmp_path / "again")
+    )
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "energy.parquet", "README.md", "run.json"])
