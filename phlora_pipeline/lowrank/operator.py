@@ -204,9 +204,8 @@ class Blocked(_Sliced):
     def _formed(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         _, m, n = self.shape
         width = max(1, 4 * CHUNK // m)
-        away = (
-            self.device.type != "cpu"
-        )  # what comes back from a GPU is waited for: it would be read before it is there
+        # What comes back from a GPU is waited for: it would be read before it is there.
+        away = self.device.type != "cpu"
         for start in range(0, n, width):
             columns = slice(start, min(start + width, n))
             at = columns if self.turned else (slice(None), columns)
