@@ -102,7 +102,10 @@ def test_rows_of_a_delta_are_the_rows_of_the_whole(tmp_path: Path) -> None:
         opened = checkpoint.open_checkpoint(str(tmp_path / name / "base"))
         for delta in lora.fit(lora.open_adapter(str(tmp_path / name / "adapter")), opened).deltas.values():
             whole = delta.rows()
-            assert torch.equal(torch.cat([delta.rows(0, 5), delta.rows(5)]), whole)
+            # A product's last digits depend on its shape.
+            torch.testing.assert_close(
+                torch.cat([delta.rows(0, 5), delta.rows(5)]), whole, rtol=0, atol=1e-6 * float(whole.abs().max())
+            )
 
 
 def test_an_adapter_of_another_base_is_refused_by_name(tmp_path: Path) -> None:
