@@ -16,9 +16,9 @@ CHUNK = 1 << 22
 """Elements that are held in float64 at a time: sums are exact enough, and no temporary is as large as a weight."""
 
 _CACHED = 1 << 18
-"""Elements that a processor takes at a time: three float32 panels of them stay in its second-level cache."""
+"""Elements that a processor takes at a time: they stay in its caches; a multiple of `_RUN`."""
 
-_RUN = 512
+_RUN = 256
 """Squares that are summed in float32."""
 
 _FLOAT32_SQUARES = (1e-25, 1e30)
@@ -67,28 +67,51 @@ def _flat(tensor: Tensor | None) -> Tensor | None:
 
 
 def _form_cached(base: Tensor, tuned: Tensor, out: Tensor, rounded: Tensor | None) -> Tensor:
-    """The same on a processor, each piece while it is in the cache, with squares summed in float32 over `_RUN` entries only."""
-    scratch = torch.empty(min(_CACHED, out.numel()), dtype=torch.float32)
-    sums: list[Tensor] = []
-    for piece in _pieces(out.numel(), _CACHED):
-        delta, beside = out[piece], scratch[: len(out[piece])]
-        beside.copy_(base[piece])
-        delta.copy_(tuned[piece])
-        sums += [_squares(beside), _squares(delta)]
-        delta.sub_(beside)
-        sums.append(_squares(delta))
-        if rounded is not None:
-            beside.copy_(rounded[piece].copy_(delta)).sub_(delta)
-            sums.append(_squares(beside))
+    """The same on a processor, each piece while it is in the cache, with squares summed in float32 over `_RUN` entries only.
+
+    Few calls, each on a large piece: where two threads form their matrices at once, they wait for Python's lock after each.
+    """
     columns = 3 if rounded is None else 4
-    table = torch.stack(sums).view(-1, columns) if sums else torch.zeros(0, columns, dtype=torch.float64)
+    whole = out.numel() // _RUN * _RUN
+    lengths = torch.empty(columns, whole // _RUN, dtype=torch.float32)
+    scratch = torch.empty(min(_CACHED, whole), dtype=torch.float32)
+    sides = [_split(side[:whole], _CACHED) for side in (base, tuned, out)]
+    copies = [None] * len(sides[0]) if rounded is None else _split(rounded[:whole], _CACHED)
+    found = _split(lengths, _CACHED // _RUN)
+    for before, after, delta, copy, norms in zip(*sides, copies, found, strict=True):
+        beside = scratch[: len(delta)].copy_(before)
+        delta.copy_(after)
+        _norms(beside, norms[0])
+        _norms(delta, norms[1])
+        _norms(delta.sub_(beside), norms[2])
+        if copy is not None:
+            _norms(beside.copy_(copy.copy_(delta)).sub_(delta), norms[3])
+    rest = _form_rest(base[whole:], tuned[whole:], out[whole:], None if rounded is None else rounded[whole:])
+    table = torch.stack([*(norms.double().square_().sum(dim=1) for norms in found), rest])
     low, high = _FLOAT32_SQUARES
-    norms = table[:, :3]  # what rounding takes may be nothing
-    doubtful = ~((norms >= low) & (norms <= high)).all(dim=1)  # NaN is doubtful, too
+    squares = table[:-1, :3]  # what rounding takes may be nothing
+    doubtful = ~((squares >= low) & (squares <= high)).all(dim=1)  # NaN is doubtful, too
     for row in to_host(doubtful.nonzero().view(-1)):
-        piece = slice(row * _CACHED, (row + 1) * _CACHED)
-        norms[row] = torch.stack([sum_of_squares(side[piece]) for side in (base, tuned, out)])
+        squares[row] = torch.stack([sum_of_squares(pieces[row]) for pieces in sides])
     return table.sum(dim=0)
+
+
+def _split(panel: Tensor, size: int) -> tuple[Tensor, ...]:
+    return torch.split(panel, size, dim=-1)
+
+
+def _form_rest(base: Tensor, tuned: Tensor, out: Tensor, rounded: Tensor | None) -> Tensor:
+    """The same of the few entries that are left, in float64."""
+    out.copy_(tuned).sub_(base)
+    sums = [sum_of_squares(side) for side in (base, tuned, out)]
+    if rounded is not None:
+        sums.append(sum_of_squares(rounded.copy_(out).float() - out))
+    return torch.stack(sums)
+
+
+def _norms(values: Tensor, out: Tensor) -> None:
+    """Write the norms of runs of `_RUN` entries; their squares' sums are right to 1e-7."""
+    torch.linalg.vector_norm(values.view(-1, _RUN), dim=1, out=out)
 
 
 def distance_sq(delta: Tensor, rounded: Tensor) -> Tensor:

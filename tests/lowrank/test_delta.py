@@ -88,6 +88,7 @@ def test_how_it_is_cut_into_pieces_changes_no_entry(dtype: torch.dtype, monkeypa
     whole, norms = formed(base, tuned)
     monkeypatch.setattr(forming, "CHUNK", 100)
     monkeypatch.setattr(forming, "_CACHED", 90)
+    monkeypatch.setattr(forming, "_RUN", 10)
     out, sums = formed(base, tuned)
     assert torch.equal(out, whole)
     assert sums == pytest.approx(norms, rel=1e-6)
