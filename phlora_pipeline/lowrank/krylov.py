@@ -8,6 +8,7 @@ be of low precision: only the subspace comes of them, and the energy that it hol
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,54 +20,74 @@ from phlora_pipeline.lowrank.panels import against, gaussian, orthonormal, strai
 
 
 class KrylovBasis:
-    """A growing orthonormal basis on the short side of a batch."""
+    """A growing orthonormal basis on the short side of a batch.
 
-    def __init__(self, op: Operator, names: Sequence[str], block: int) -> None:
+    Attributes:
+        width: rows of the basis.
+    """
+
+    def __init__(self, op: Operator, names: Sequence[str], block: int, room: int = 0) -> None:
         """Start with one block.
 
         Args:
             op: D.
             names: of the tensors: they seed Ω.
             block: rows per step.
+            room: rows that there will be at least.
         """
-        self._op = op
-        omega = gaussian(names, "range", block, op.shape[2], op.device)
-        first = straightened(orthonormal(op.to_short(omega)))
-        self._Q = [first]  # each (b, block, m)
-        self._Z = [op.to_long(first)]  # each (b, block, n): Q·D in low precision
+        b, m, n = op.shape
+        self._op, self._block, self.width = op, block, 0
+        self._Q = torch.empty(b, max(room, block), m, device=op.device)
+        self._Z = torch.empty(b, max(room, block), n, device=op.device)
+        omega = gaussian(names, "range", block, n, op.device)
+        self._add(straightened(orthonormal(op.to_short(omega))))
 
     @property
-    def width(self) -> int:
-        """Rows of the basis."""
-        return sum(block.shape[1] for block in self._Q)
+    def rows(self) -> Tensor:
+        """What it is made of (b, width, m): orthonormal rows."""
+        return self._Q[:, : self.width]
+
+    @property
+    def images(self) -> Tensor:
+        """Their products with D (b, width, n), in low precision."""
+        return self._Z[:, : self.width]
 
     def grow(self, width: int) -> None:
         """Add blocks until the basis has `width` rows or more."""
+        wanted = self._block * math.ceil(width / self._block)
+        if wanted > self._Q.shape[1]:
+            self._Q, self._Z = (_with_room(panel, wanted) for panel in (self.rows, self.images))
         while self.width < width:
-            Q = torch.cat(self._Q, dim=1)  # (b, L, m)
-            new = orthonormal(against(self._op.to_short(self._Z[-1]), Q))
-            new = straightened(against(new, Q))
-            self._Q.append(new)
-            self._Z.append(self._op.to_long(new))
+            new = orthonormal(against(self._op.to_short(self.images[:, -self._block :]), self.rows))
+            self._add(straightened(against(new, self.rows)))
+
+    def _add(self, new: Tensor) -> None:
+        rows = slice(self.width, self.width + self._block)
+        self._Q[:, rows].copy_(new)
+        self._Z[:, rows].copy_(self._op.to_long(new))
+        self.width = rows.stop
 
     def largest(self) -> list[float]:
         """About σ_1² of each matrix: what the basis, in low precision, has of it."""
-        Z = torch.cat(self._Z, dim=1)
-        found: list[float] = to_host(torch.linalg.eigvalsh(product(Z, Z.mT).double())[:, -1])
+        found: list[float] = to_host(torch.linalg.eigvalsh(product(self.images, self.images.mT).double())[:, -1])
         return found
 
     def leading(self, p: int) -> Tensor:
         """The p leading Ritz directions, as far as the low precision tells: (b, p, m), nearly orthonormal rows."""
-        Q, Z = torch.cat(self._Q, dim=1), torch.cat(self._Z, dim=1)
-        _, W = torch.linalg.eigh(product(Z, Z.mT).double())
-        return product(W.flip(-1)[..., :p].mT.float(), Q)
+        _, W = torch.linalg.eigh(product(self.images, self.images.mT).double())
+        return product(W.flip(-1)[..., :p].mT.float(), self.rows)
 
     def pick(self, rows: list[int], op: Operator) -> KrylovBasis:
         """The basis of some matrices of the batch, to be grown further on `op`."""
-        if rows == list(range(len(self._Q[0]))):
+        if rows == list(range(len(self._Q))):
             return self
-        picked = object.__new__(KrylovBasis)
-        picked._op = op  # a constructor without a start
-        picked._Q = [block[rows] for block in self._Q]
-        picked._Z = [block[rows] for block in self._Z]
+        picked = object.__new__(KrylovBasis)  # a constructor without a start
+        picked._op, picked._block, picked.width = op, self._block, self.width
+        picked._Q, picked._Z = self._Q[rows], self._Z[rows]
         return picked
+
+
+def _with_room(panel: Tensor, rows: int) -> Tensor:
+    roomier = panel.new_empty(panel.shape[0], rows, panel.shape[2])
+    roomier[:, : panel.shape[1]].copy_(panel)
+    return roomier

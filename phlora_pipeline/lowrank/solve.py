@@ -136,7 +136,7 @@ class _Ladder:
     def _krylov(self, rounds: Sequence[Round]) -> None:
         if not rounds:
             return
-        basis = KrylovBasis(self._op, self._names, rounds[0].block)
+        basis = KrylovBasis(self._op, self._names, rounds[0].block, rounds[0].width)
         inside = self._pending
         flat = self._flat(basis) if self._settings.solver == "auto" else set[int]()
         for step in rounds:

@@ -443,7 +443,7 @@ class TestFlat:
         grow = krylov.KrylovBasis.grow
 
         def noted(self: krylov.KrylovBasis, width: int) -> None:
-            grown.append(self._Q[0].shape[0])
+            grown.append(self.rows.shape[0])
             grow(self, width)
 
         monkeypatch.setattr(krylov.KrylovBasis, "grow", noted)
