@@ -205,7 +205,8 @@ class Worker:
             starts = range(0, pair.numel, PIECE)
             for start in starts:
                 base = [pair.base.entries(start, start + PIECE)]
-                hint = [[pair.base.entries(start + PIECE, start + 2 * PIECE)]] if start != starts[-1] else []
+                after_it = () if start == starts[-1] else (pair.base, left[0].block.pairs[row].tuned)
+                hint = [[side.entries(start + PIECE, start + 2 * PIECE)] for side in after_it]
                 pieces = [[member.block.pairs[row].tuned.entries(start, start + PIECE)] for member in left]
                 nbytes += base[0].nbytes
                 for number, before, after, following in self._sides(base, pieces, hint):
