@@ -30,6 +30,13 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _one_thread_again() -> Iterator[None]:
+    """Workers and benchmarks set another number, and leave it to their process."""
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def _quick_retries() -> Iterator[None]:
     with stamina.set_testing(True, attempts=3, cap=True):
         yield
