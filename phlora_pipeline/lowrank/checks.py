@@ -29,8 +29,10 @@ def problems(
 ) -> list[str]:
     """What is wrong with each factorisation of a batch; empty where nothing is.
 
+    To be asked on the side where the third fact holds by construction: of Dᵀ, where short·Dᵀ is what gave the triplets.
+
     Args:
-        found: triplets, q of each.
+        found: triplets, q of each; of D, or of Dᵀ, of which psi and seen are then, too.
         norms_sq: ‖D‖_F² of each.
         psi: (b, s, m) random rows that no solver has used.
         seen: (b, s, n): ψ·D, from a product with D itself.

@@ -73,9 +73,9 @@ class KrylovBasis:
         return found
 
     def leading(self, p: int) -> Tensor:
-        """The p leading Ritz directions, as far as the low precision tells: (b, p, m), nearly orthonormal rows."""
+        """The p leading Ritz directions' images, as far as the low precision tells: (b, p, n), near to σ·v, nearly orthogonal."""
         _, W = torch.linalg.eigh(product(self.images, self.images.mT).double())
-        return product(W.flip(-1)[..., :p].mT.float(), self.rows)
+        return product(W.flip(-1)[..., :p].mT.float(), self.images)
 
     def pick(self, rows: list[int], op: Operator) -> KrylovBasis:
         """The basis of some matrices of the batch, to be grown further on `op`."""

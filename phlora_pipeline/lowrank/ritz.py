@@ -1,8 +1,9 @@
 """Rayleigh–Ritz in float32 on a subspace that was found in any precision: triplets, and all that certifies them.
 
-Three products with D, of as many rows as are kept. V, the orthonormalised rows of U·D, spans the long side's part of the
-subspace: half a step of subspace iteration ahead of U, in float32, so that what rounding the range finder left in U is
-squared away. V·Dᵀ gives the triplets, D ≈ (D·Vᵀ)·V, and the compression M = V(DᵀD)Vᵀ; its product with D the residual.
+Two products with D, of as many rows as are kept. V is the subspace on the long side; U, the orthonormalised rows of V·Dᵀ, is
+half a step of subspace iteration ahead of it, in float32, so that what rounding the range finder left in V is squared away.
+U·D gives the triplets, D ≈ Uᵀ(U·D). V·Dᵀ gives the compression M = V(DᵀD)Vᵀ, and both its residual: V·Dᵀ lies in the span
+of U, so that V(DᵀD) = (V·Dᵀ·Uᵀ)·(U·D) without another product.
 """
 
 from __future__ import annotations
@@ -33,6 +34,14 @@ class Triplets:
     long: Tensor
     energies: Tensor
 
+    def turned(self) -> Triplets:
+        """Those of Dᵀ."""
+        return Triplets(self.long, self.short, self.energies)
+
+    def leading(self, q: int) -> Triplets:
+        """The first q."""
+        return Triplets(self.short[:, :q], self.long[:, :q], self.energies[:, :q])
+
 
 @dataclass(frozen=True, slots=True)
 class Compression:
@@ -49,46 +58,45 @@ class Compression:
     S: Tensor
 
 
-def refine(op: Operator, U: Tensor, psi: Tensor) -> tuple[Triplets, Compression, Tensor]:
+def refine(op: Operator, found: Tensor, psi: Tensor) -> tuple[Triplets, Compression, Tensor]:
     """Triplets of D in reach of a subspace.
 
     Args:
         op: D.
-        U: (b, p, m), rows that span it, the leading ones first: each row of U·D should be of the size of its own σ.
-        psi: (b, s, m), random rows that ride along, for the checks.
+        found: (b, p, n), rows that span it, the leading ones first: near to right singular vectors, of any lengths.
+        psi: (b, s, n), random rows that ride along, for the checks.
 
     Returns:
-        All p triplets, the compression, and ψ·D (b, s, n).
+        All p triplets, the compression, and ψ·Dᵀ (b, s, m).
     """
-    p = U.shape[1]
-    both = op.to_long(torch.cat([U, psi], dim=1), precise=True)  # (b, p + s, n)
-    V, seen = straightened(orthonormal(both[:, :p])), both[:, p:]
-    VD = op.to_short(V, precise=True)  # (b, p, m)
-    F = op.to_long(VD, precise=True)  # (b, p, n)
+    p = found.shape[1]
+    V = straightened(orthonormal(found))
+    both = op.to_short(torch.cat([V, psi], dim=1), precise=True)  # (b, p + s, m)
+    VD, seen = both[:, :p], both[:, p:]
+    U = straightened(orthonormal(VD))
+    UD = op.to_long(U, precise=True)  # (b, p, n)
+    F = product(product(VD, U.mT), UD)
     C = against(against(F, V), V)
-    M = gram(VD)
-    return _triplets(V, VD, M), Compression(V, M.cpu(), gram(C).cpu()), seen
+    return _triplets(U, UD), Compression(V, gram(VD).cpu(), gram(C).cpu()), seen
 
 
 def triplets_of(op: Operator, U: Tensor, psi: Tensor) -> tuple[Triplets, Tensor]:
-    """Triplets of U·D for orthonormal rows U (b, p, m): D ≈ Uᵀ(U·D), with one product; and ψ·D."""
+    """Triplets of D ≈ Uᵀ(U·D) for orthonormal rows U (b, p, m), with one product; and ψ·D (b, s, n) for ψ (b, s, m)."""
     p = U.shape[1]
     both = op.to_long(torch.cat([U, psi], dim=1), precise=True)
-    UD = both[:, :p]
-    turned = _triplets(U, UD, gram(UD))
-    return Triplets(turned.long, turned.short, turned.energies), both[:, p:]
+    return _triplets(U, both[:, :p]), both[:, p:]
 
 
-def _triplets(V: Tensor, VD: Tensor, M: Tensor) -> Triplets:
-    """Triplets of (V·Dᵀ)ᵀ·V: V (b, p, n) orthonormal rows, VD = V·Dᵀ (b, p, m), M = VD·VDᵀ in float64."""
-    energies, W = torch.linalg.eigh(M)  # ascending
+def _triplets(U: Tensor, UD: Tensor) -> Triplets:
+    """Triplets of Uᵀ·(U·D): U (b, p, m) orthonormal rows, UD = U·D (b, p, n)."""
+    energies, W = torch.linalg.eigh(gram(UD))  # ascending
     energies, W = energies.flip(-1), W.flip(-1)
     kept = energies > _VANISHED * energies[..., :1]
     energies = torch.where(kept, energies, 0)
     root = energies.clamp_min(torch.finfo(torch.float32).tiny).pow(0.25)  # √σ
     inverse = torch.where(kept, 1 / root, 0)
-    short = product((inverse.unsqueeze(-1) * W.mT).float(), VD)
-    long = product((torch.where(kept, root, 0).unsqueeze(-1) * W.mT).float(), V)
+    short = product((torch.where(kept, root, 0).unsqueeze(-1) * W.mT).float(), U)
+    long = product((inverse.unsqueeze(-1) * W.mT).float(), UD)
     return Triplets(short, long, energies.cpu())
 
 

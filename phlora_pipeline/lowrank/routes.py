@@ -147,7 +147,7 @@ def krylov_seconds(m: int, n: int, step: Round, profile: Profile) -> float:
 def krylov_work(m: int, n: int, step: Round) -> tuple[float, float]:
     """Floating-point operations of the products with ΔW: those in low precision, and those in float32."""
     low = 2.0 * m * n * (2 * step.width + PROBES * step.degree)
-    return low, 2.0 * m * n * (3 * step.kept + CHECK_ROWS)
+    return low, 2.0 * m * n * (2 * step.kept + CHECK_ROWS)
 
 
 def gram_seconds(m: int, n: int, rank: int, profile: Profile) -> float:

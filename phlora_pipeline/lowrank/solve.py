@@ -74,11 +74,23 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A route's answer for a batch: `bounds` of λ_i, i ≤ rank, and what the checks need; `totals` of all λ, where known."""
+    """A route's answer for a batch.
+
+    Attributes:
+        triplets: as many as it has.
+        bounds: of λ_i, i ≤ rank.
+        psi, seen: random rows and their products with D, or with Dᵀ, on whose side they are.
+        turned: whether it is Dᵀ.
+        rank: triplets that may be taken.
+        last_resort: whether it is taken whatever its certificate.
+        totals: of all λ, where they are known.
+    """
 
     triplets: Triplets
     bounds: Sequence[Sequence[float]]
+    psi: Tensor
     seen: Tensor
+    turned: bool
     rank: int
     last_resort: bool
     totals: Sequence[float] | None = None
@@ -110,7 +122,6 @@ class _Ladder:
         self._op, self._names, self._norms_sq = op, names, norms_sq
         self._settings, self._profile = settings, profile
         self._q = min(settings.max_rank, op.shape[1])
-        self._psi = gaussian(names, "check", CHECK_ROWS, op.shape[1], op.device)
         self._done: dict[int, Factors] = {}
         self._notes: list[list[str]] = [[] for _ in names]
 
@@ -147,13 +158,14 @@ class _Ladder:
             basis = basis.pick([inside.index(index) for index in pending], op)
             inside = pending
             basis.grow(step.width)
-            U = basis.leading(step.kept)
-            triplets, compression, seen = refine(op, U, self._psi[pending])
+            psi = gaussian(names, "check", CHECK_ROWS, op.shape[2], op.device)
+            triplets, compression, seen = refine(op, basis.leading(step.kept), psi)
             norms_sq = [self._norms_sq[index] for index in pending]
             guesses = to_host(triplets.energies[:, -1])
             tails = tail_bound(op, compression.V, names, guesses, norms_sq, step.degree)
             bounds = optimum_bound(compression, tails, step.rank)
-            self._judge(f"krylov {step.width}", _Found(triplets, bounds, seen, step.rank, last_resort=False), pending)
+            found = _Found(triplets, bounds, psi, seen, turned=True, rank=step.rank, last_resort=False)
+            self._judge(f"krylov {step.width}", found, pending)
 
     def _flat(self, basis: KrylovBasis) -> set[int]:
         """Matrices with no direction that stands out, where the tolerance is too fine for that."""
@@ -175,17 +187,20 @@ class _Ladder:
             pending = self._pending
             if not pending:
                 return
-            op = self._op.pick(pending)
+            op, names = self._op.pick(pending), [self._names[index] for index in pending]
+            psi = gaussian(names, "check", CHECK_ROWS, op.shape[1], op.device)
             try:
-                triplets, bounds, seen, spectrum = run(op, self._psi[pending])
+                triplets, bounds, seen, spectrum = run(op, psi)
             except RuntimeError as error:
                 if not refused(error):
                     raise
                 self._note(attempt, error)
                 continue
             totals = to_host(spectrum.sum(dim=1))
-            whole = _Found(triplets, to_host(bounds), seen, self._q, last_resort=True, totals=totals)
-            self._judge(attempt, whole, pending)
+            found = _Found(
+                triplets, to_host(bounds), psi, seen, turned=False, rank=self._q, last_resort=True, totals=totals
+            )
+            self._judge(attempt, found, pending)
 
     def _note(self, attempt: str, error: Exception) -> None:
         for index in self._pending:
@@ -208,10 +223,9 @@ class _Ladder:
     def _judge(self, attempt: str, found: _Found, pending: Sequence[int]) -> None:
         """Keep what is checked, certified and enough of these matrices; note why the rest is not."""
         norms_sq = [self._norms_sq[index] for index in pending]
-        cut = Triplets(
-            found.triplets.short[:, : found.rank], found.triplets.long[:, : found.rank], found.triplets.energies[:, : found.rank]
-        )  # fmt: skip
-        wrong = checks.problems(cut, norms_sq, self._psi[list(pending)], found.seen, found.totals)
+        cut = found.triplets.leading(found.rank)
+        asked = cut.turned() if found.turned else cut
+        wrong = checks.problems(asked, norms_sq, found.psi, found.seen, found.totals)
         energies = to_host(cut.energies)
         for row, index in enumerate(pending):
             norm_sq = norms_sq[row]
