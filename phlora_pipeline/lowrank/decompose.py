@@ -20,7 +20,8 @@ from torch import Tensor
 
 from phlora_pipeline.lowrank.delta import CHUNK, first_nonfinite, form_delta, scale_, scale_exponent, to_host
 from phlora_pipeline.lowrank.faults import out_of_memory
-from phlora_pipeline.lowrank.operator import Blocked, Dense, Operator
+from phlora_pipeline.lowrank.operator import Blocked, Dense, Operator, Plain
+from phlora_pipeline.lowrank.rounded import PADDING, BothWays, both_ways
 from phlora_pipeline.lowrank.routes import PROFILES, Profile, is_blocked, planned
 from phlora_pipeline.lowrank.solve import Factors, Settings, factorise
 
@@ -230,11 +231,9 @@ class _Group:
         growing = self._settings.energy is not None
         tried, _ = planned(d, k, rank, self._settings.solver, self._profile, growing=growing)
         delta = self._workspace.take("delta", (b, d, k), torch.float32, self._device)
-        rounded = None
-        if tried and low != torch.float32 and self._device.type == "cpu":
-            rounded = self._workspace.take("rounded", (b, d, k), low, self._device)
+        rounded = self._room(low) if tried and low != torch.float32 and self._device.type == "cpu" else None
         sums = [
-            form_delta(base, tuned, delta[row], None if rounded is None else rounded[row])
+            form_delta(base, tuned, delta[row], None if rounded is None else rounded.matrix[row])
             for row, (base, tuned) in enumerate(self._pairs)
         ]
         measured = to_host(torch.stack(sums))
@@ -251,8 +250,19 @@ class _Group:
         for row, exponent in zip(wanted, exponents, strict=True):
             scale_(delta[row], exponent)
             if rounded is not None and exponent:
-                rounded[row].copy_(delta[row])  # anew: what is tiny was rounded to few bits
+                rounded.matrix[row].copy_(delta[row])  # anew: what is tiny was rounded to few bits
+        if isinstance(rounded, BothWays):
+            rounded.settle()
         return self._finish(Dense(delta, low, rounded, errors).pick(wanted), found, wanted, exponents)
+
+    def _room(self, low: torch.dtype) -> Plain | BothWays:
+        """Where the one ΔW that a processor does at a time is put in low precision."""
+        d, k = self._shape
+        if not both_ways(d, k, self._device.type):
+            return Plain(self._workspace.take("rounded", (1, d, k), low, self._device))
+        sizes = (d + PADDING, k + PADDING)
+        rows = self._workspace.take("rounded", sizes, low, self._device)
+        return BothWays(rows, self._workspace.take("transposed", sizes[::-1], low, self._device))
 
     def _blocked(self) -> list[Outcome]:
         [(base, tuned)] = self._pairs

@@ -38,7 +38,7 @@ def form_delta(base: Tensor, tuned: Tensor, out: Tensor, rounded: Tensor | None 
     Args:
         base, tuned: same shape, any dtype, on the CPU or on `out`'s device.
         out: contiguous float32 of the same shape; overwritten.
-        rounded: ΔW once more, rounded to this tensor's dtype, while it is in a processor's cache; contiguous, overwritten.
+        rounded: ΔW once more, rounded to this tensor's dtype, while it is in a processor's cache; its rows may lie apart.
 
     Returns:
         (3,) float64 on `out`'s device: ‖W_base‖_F², ‖W_tuned‖_F², ‖ΔW‖_F²; with `rounded` (4,), the last being
@@ -47,7 +47,7 @@ def form_delta(base: Tensor, tuned: Tensor, out: Tensor, rounded: Tensor | None 
     """
     on_cpu = not (out.is_cuda or base.is_cuda or tuned.is_cuda)
     if on_cpu and not {base.dtype, tuned.dtype} & _WIDE:
-        return _form_cached(base.reshape(-1), tuned.reshape(-1), out.view(-1), _flat(rounded))
+        return _form_cached(base.reshape(-1), tuned.reshape(-1), out.view(-1), rounded)
     dtype = torch.float64 if {base.dtype, tuned.dtype} & _WIDE else torch.float32
     sums = torch.zeros(3, dtype=torch.float64, device=out.device)
     for piece in _pieces(out.numel(), CHUNK):
@@ -62,22 +62,21 @@ def form_delta(base: Tensor, tuned: Tensor, out: Tensor, rounded: Tensor | None 
     return sums
 
 
-def _flat(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.view(-1)
-
-
 def _form_cached(base: Tensor, tuned: Tensor, out: Tensor, rounded: Tensor | None) -> Tensor:
     """The same on a processor, each piece while it is in the cache, with squares summed in float32 over `_RUN` entries only.
 
     Few calls, each on a large piece: where two threads form their matrices at once, they wait for Python's lock after each.
     """
     columns = 3 if rounded is None else 4
-    whole = out.numel() // _RUN * _RUN
+    k = 1 if rounded is None else rounded.shape[-1]
+    even = _RUN // math.gcd(k, _RUN)  # rows whose entries are whole runs
+    rows = even * max(1, _CACHED // (even * k))
+    whole = out.numel() // (even * k) * even * k
     lengths = torch.empty(columns, whole // _RUN, dtype=torch.float32)
-    scratch = torch.empty(min(_CACHED, whole), dtype=torch.float32)
-    sides = [_split(side[:whole], _CACHED) for side in (base, tuned, out)]
-    copies = [None] * len(sides[0]) if rounded is None else _split(rounded[:whole], _CACHED)
-    found = _split(lengths, _CACHED // _RUN)
+    scratch = torch.empty(min(rows * k, whole), dtype=torch.float32)
+    sides = [_split(side[:whole], rows * k) for side in (base, tuned, out)]
+    copies = [None] * len(sides[0]) if rounded is None else torch.split(rounded[: whole // k], rows)
+    found = _split(lengths, rows * k // _RUN)
     for before, after, delta, copy, norms in zip(*sides, copies, found, strict=True):
         beside = scratch[: len(delta)].copy_(before)
         delta.copy_(after)
@@ -85,8 +84,9 @@ def _form_cached(base: Tensor, tuned: Tensor, out: Tensor, rounded: Tensor | Non
         _norms(delta, norms[1])
         _norms(delta.sub_(beside), norms[2])
         if copy is not None:
-            _norms(beside.copy_(copy.copy_(delta)).sub_(delta), norms[3])
-    rest = _form_rest(base[whole:], tuned[whole:], out[whole:], None if rounded is None else rounded[whole:])
+            beside.view(copy.shape).copy_(copy.copy_(delta.view(copy.shape)))
+            _norms(beside.sub_(delta), norms[3])
+    rest = _form_rest(base[whole:], tuned[whole:], out[whole:], None if rounded is None else rounded[whole // k :])
     table = torch.stack([*(norms.double().square_().sum(dim=1) for norms in found), rest])
     low, high = _FLOAT32_SQUARES
     squares = table[:-1, :3]  # what rounding takes may be nothing
@@ -105,7 +105,7 @@ def _form_rest(base: Tensor, tuned: Tensor, out: Tensor, rounded: Tensor | None)
     out.copy_(tuned).sub_(base)
     sums = [sum_of_squares(side) for side in (base, tuned, out)]
     if rounded is not None:
-        sums.append(sum_of_squares(rounded.copy_(out).float() - out))
+        sums.append(sum_of_squares(rounded.copy_(out.view(rounded.shape)).float().view(-1) - out))
     return torch.stack(sums)
 
 
@@ -115,10 +115,11 @@ def _norms(values: Tensor, out: Tensor) -> None:
 
 
 def distance_sq(delta: Tensor, rounded: Tensor) -> Tensor:
-    """‖ΔW − its rounding‖_F² in float64, of contiguous tensors of one shape: right to 1e-6, a piece at a time."""
+    """‖ΔW − its rounding‖_F² in float64, of two (d, k): right to 1e-6, some rows at a time."""
     total = torch.zeros((), dtype=torch.float64, device=delta.device)
-    for piece in _pieces(delta.numel(), _CACHED if delta.device.type == "cpu" else CHUNK):
-        total += _squares(delta.view(-1)[piece] - rounded.view(-1)[piece])
+    rows = max(1, (_CACHED if delta.device.type == "cpu" else CHUNK) // delta.shape[1])
+    for part, copy in zip(torch.split(delta, rows), torch.split(rounded, rows), strict=True):
+        total += _squares((part - copy).view(-1))
     return total
 
 

@@ -83,11 +83,46 @@ class _Sliced:
         return total
 
 
+class Rounded(Protocol):
+    """ΔW in low precision.
+
+    Attributes:
+        matrix: (b, d, k).
+    """
+
+    matrix: Tensor
+
+    def along_rows(self, panel: Tensor) -> Tensor:
+        """Panel·ΔWᵀ: (b, l, k) → (b, l, d) float32."""
+
+    def along_columns(self, panel: Tensor) -> Tensor:
+        """Panel·ΔW: (b, l, d) → (b, l, k) float32."""
+
+    def pick(self, rows: list[int]) -> Rounded:
+        """Some matrices of the batch."""
+
+
+class Plain:
+    """ΔW in low precision as it is: (b, d, k)."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    def along_rows(self, panel: Tensor) -> Tensor:
+        return product(panel.to(self.matrix.dtype), self.matrix.mT).float()
+
+    def along_columns(self, panel: Tensor) -> Tensor:
+        return product(panel.to(self.matrix.dtype), self.matrix).float()
+
+    def pick(self, rows: list[int]) -> Plain:
+        return Plain(self.matrix[rows])
+
+
 class Dense(_Sliced):
     """ΔW resident in float32, and once more in the low precision, where there is one."""
 
     def __init__(
-        self, delta: Tensor, low: torch.dtype, rounded: Tensor | None = None, errors: Sequence[float] | None = None
+        self, delta: Tensor, low: torch.dtype, rounded: Rounded | None = None, errors: Sequence[float] | None = None
     ) -> None:
         """Take a batch.
 
@@ -109,18 +144,17 @@ class Dense(_Sliced):
     def to_short(self, panel: Tensor, *, precise: bool = False) -> Tensor:
         if precise or not self.low_unit:
             return apply(panel, self._D)
-        return apply(panel.to(self._low), self._rounded()[self.turned]).float()
+        return self._rounded().along_columns(panel) if self.turned else self._rounded().along_rows(panel)
 
     def to_long(self, panel: Tensor, *, precise: bool = False) -> Tensor:
         if precise or not self.low_unit:
             return apply(panel, self._D.mT)
-        return apply(panel.to(self._low), self._rounded()[not self.turned]).float()
+        return self._rounded().along_rows(panel) if self.turned else self._rounded().along_columns(panel)
 
-    def _rounded(self) -> tuple[Tensor, Tensor]:
-        """ΔW in low precision, and its transpose."""
+    def _rounded(self) -> Rounded:
         if self._H is None:  # only the routes that look for a subspace need it
-            self._H = self._delta.to(self._low)
-        return self._H, self._H.mT
+            self._H = Plain(self._delta.to(self._low))
+        return self._H
 
     def slices(self) -> Iterator[tuple[slice, Tensor]]:
         _, m, n = self.shape
@@ -137,7 +171,7 @@ class Dense(_Sliced):
             return [0.0] * len(norms_sq)
         if self._errors is not None:
             return list(self._errors)
-        pairs = zip(self._delta, self._rounded()[0], strict=True)
+        pairs = zip(self._delta, self._rounded().matrix, strict=True)
         errors: list[float] = to_host(torch.stack([distance_sq(*pair) for pair in pairs]).sqrt())
         return errors
 
@@ -145,7 +179,7 @@ class Dense(_Sliced):
         if rows == list(range(self.shape[0])):
             return self
         errors = None if self._errors is None else [self._errors[row] for row in rows]
-        return Dense(self._delta[rows], self._low, None if self._H is None else self._H[rows], errors=errors)
+        return Dense(self._delta[rows], self._low, None if self._H is None else self._H.pick(rows), errors)
 
 
 class Blocked(_Sliced):

@@ -14,6 +14,7 @@ from typing import Literal
 
 from phlora_pipeline.lowrank.certificate import PROBES
 from phlora_pipeline.lowrank.operator import slice_bytes
+from phlora_pipeline.lowrank.rounded import both_ways
 
 Solver = Literal["auto", "krylov", "gram", "exact"]
 SOLVERS: tuple[Solver, ...] = ("auto", "krylov", "gram", "exact")
@@ -233,7 +234,8 @@ def is_blocked(d: int, k: int, device: str) -> bool:
 def worker_bytes(d: int, k: int, rank: int, solver: Solver, profile: Profile) -> int:
     """Peak bytes of factorising one matrix on a processor: of the planned route, and of the one behind it."""
     tried, _ = planned(d, k, rank, solver, profile)
-    copies = None if is_blocked(d, k, "cpu") else (8 if tried else 4) * d * k
+    each = 4 + (4 if tried else 0) + (2 if tried and both_ways(d, k, "cpu") else 0)
+    copies = None if is_blocked(d, k, "cpu") else each * d * k
     return _peak_bytes(d, k, rank, solver, profile, copies)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from phlora_pipeline.lowrank import operator
 from phlora_pipeline.lowrank.delta import form_delta
-from phlora_pipeline.lowrank.operator import LOW_UNIT, Blocked, Dense, apply, gram, product, slice_bytes
+from phlora_pipeline.lowrank.operator import LOW_UNIT, Blocked, Dense, Plain, apply, gram, product, slice_bytes
 from tests.lowrank.cases import CPU
 
 SHAPES = [(12, 12), (40, 9), (9, 40), (1, 7), (7, 1), (1, 1), (33, 70)]
@@ -104,7 +104,7 @@ class TestBoth:
 class TestDense:
     def test_a_rounded_copy_at_hand_is_used(self) -> None:
         delta = normal(1, 6, 8)
-        op = Dense(delta, torch.bfloat16, rounded=torch.zeros(1, 6, 8, dtype=torch.bfloat16))
+        op = Dense(delta, torch.bfloat16, rounded=Plain(torch.zeros(1, 6, 8, dtype=torch.bfloat16)))
         assert not op.to_long(normal(1, 2, 6)).any()
         assert op.to_long(normal(1, 2, 6), precise=True).any()
 
@@ -116,7 +116,7 @@ class TestDense:
 
     def test_roundings_that_were_measured_are_taken_as_they_are(self) -> None:
         delta = normal(3, 6, 8)
-        op = Dense(delta, torch.bfloat16, delta.bfloat16(), errors=[0.1, 0.2, 0.3])
+        op = Dense(delta, torch.bfloat16, Plain(delta.bfloat16()), errors=[0.1, 0.2, 0.3])
         assert op.roundings([1.0, 1.0, 1.0]) == [0.1, 0.2, 0.3]
         assert op.pick([2, 0]).roundings([1.0, 1.0]) == [0.3, 0.1]
 
