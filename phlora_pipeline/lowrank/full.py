@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,17 +19,25 @@ _OF_LARGEST, _OF_OWN = 8, 2
 """A backward stable float32 SVD's σ_i is off by unit roundoff times 8·σ_1 + 2√m·σ_i at most: twice the worst that was seen, of
 matrices whose singular values are all the same."""
 
+_OF_SUM, _OF_SUM_ROOT = 24, 0.5
+"""And σ_1² + … + σ_i² by (24 + √m/2)·‖D‖_F², besides what of ‖D‖_F² is missing from the sum of all, as where all entries are
+alike: twice the worst that was seen. Single errors have either sign."""
 
-def exact(op: Operator, rank: int, driver: str | None = None) -> tuple[Triplets, Tensor, Tensor]:
+
+def exact(
+    op: Operator, rank: int, driver: str | None = None, norms_sq: Sequence[float] | None = None
+) -> tuple[Triplets, Tensor, Tensor]:
     """Thin SVD by LAPACK or cuSOLVER, truncated: the paper's own route, and the reference of every other solver.
 
     Args:
         op: D; ΔW as a whole must fit the device.
         rank: triplets wanted.
         driver: cuSOLVER's; None takes the processor's in float64 on a CPU's behalf of a GPU, or LAPACK's float32 on a CPU.
+        norms_sq: ‖D‖_F² of each, where it is known: their sums then tell more than each alone.
 
     Returns:
-        The triplets, upper bounds of λ_i(G) = σ_i² for i ≤ rank: (b, rank) float64 on the CPU, and all σ (b, m), descending.
+        The triplets; (b, rank) float64 on the CPU, whose first i add up to an upper bound of λ_1(G) + … + λ_i(G), λ = σ², and
+        bound λ_i each where norms_sq is not given; and all σ (b, m), descending.
 
     Raises:
         torch.linalg.LinAlgError: it did not converge.
@@ -42,11 +51,23 @@ def exact(op: Operator, rank: int, driver: str | None = None) -> tuple[Triplets,
         U, S, Vh = torch.linalg.svd(delta, full_matrices=False, driver=driver)
     root = S[..., :rank].sqrt().unsqueeze(-1)  # (b, q, 1)
     left, right = root * U[..., :rank].mT, root * Vh[..., :rank, :]  # (b, q, d), (b, q, k)
-    values = S[..., :rank].double().cpu()
-    slack = _UNIT * (_OF_LARGEST * values[..., :1] + _OF_OWN * math.sqrt(op.shape[1]) * values)
-    bounds = (values + slack).square()
+    values = S.double().cpu()
+    bounds = _bounds(values, op.shape[1], rank, norms_sq)
     short, long = (right, left) if op.turned else (left, right)
-    return Triplets(short, long, values.square()), bounds, S.double().cpu()
+    return Triplets(short, long, values[..., :rank].square()), bounds, values
+
+
+def _bounds(values: Tensor, m: int, rank: int, norms_sq: Sequence[float] | None) -> Tensor:
+    """Of σ² from all σ (b, m) as they were found: what each may be off by, or all together, and what is missing from ‖D‖_F²."""
+    slack = _UNIT * (_OF_LARGEST * values[..., :1] + _OF_OWN * math.sqrt(m) * values)
+    each = (values + slack).square()[..., :rank]
+    if norms_sq is None:
+        return each
+    norms = torch.tensor(norms_sq, dtype=torch.float64).unsqueeze(-1)
+    found = values.square().cumsum(dim=-1)
+    together = found[..., :rank] + _UNIT * (_OF_SUM + _OF_SUM_ROOT * math.sqrt(m)) * norms
+    sums = torch.minimum(each.cumsum(dim=-1), together) + (norms - found[..., -1:]).clamp_min(0)
+    return torch.diff(sums, dim=-1, prepend=torch.zeros_like(norms))
 
 
 def drivers(device: torch.device) -> tuple[str | None, ...]:

@@ -38,6 +38,10 @@ class Triplets:
         """Those of Dᵀ."""
         return Triplets(self.long, self.short, self.energies)
 
+    def pick(self, rows: list[int]) -> Triplets:
+        """Of some matrices of the batch."""
+        return Triplets(self.short[rows], self.long[rows], self.energies[rows])
+
     def leading(self, q: int) -> Triplets:
         """The first q."""
         return Triplets(self.short[:, :q], self.long[:, :q], self.energies[:, :q])
@@ -56,6 +60,10 @@ class Compression:
     V: Tensor
     M: Tensor
     S: Tensor
+
+    def pick(self, rows: list[int]) -> Compression:
+        """Of some matrices of the batch."""
+        return Compression(self.V[rows], self.M[rows], self.S[rows])
 
 
 def refine(op: Operator, found: Tensor, psi: Tensor) -> tuple[Triplets, Compression, Tensor]:

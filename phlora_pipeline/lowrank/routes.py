@@ -8,7 +8,8 @@ deterministic facts (the certificate, the checks, out of memory) change a route 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -22,8 +23,19 @@ SOLVERS: tuple[Solver, ...] = ("auto", "krylov", "gram", "exact")
 CHECK_ROWS = 8
 """Random rows that every factorisation is checked with."""
 
-_FIRST, _FURTHER = 0.8, 0.1
-"""Shares of the time of the route behind, up to which `auto` tries a round."""
+_FIRST, _GROWING, _FURTHER = 0.5, 0.8, 0.6
+"""Shares of the time of the route behind, up to which `auto` tries the first round (half: small matrices are decomposed up to twice
+as fast as their rate says), one of a growing rank, and a further one."""
+
+_ANYWAY, _NEAR = 0.1, 6.0
+"""The share up to which a further round is tried whatever came before it; and how near a dearer one's certificate must have been:
+this over its share, times the tolerance. Twice the basis takes what has a spectrum that falls at all a thousandfold lower."""
+
+_DEEP = 6
+"""Blocks that are enough where each has as many rows as triplets are wanted."""
+
+_LAST = 1.5
+"""Times the width of the round before, that the last one is at least wider."""
 
 _FIRST_RANK = 16
 _DOUBLINGS = 4
@@ -41,13 +53,14 @@ class Profile:
         low: dtype of the range finder's products: `bfloat16` where the device has units for it, else `float32`.
         block_per_rank: rows of a Krylov block, as a share of the rank: narrow where a product costs what its columns
             cost, wide where it costs a launch.
-        steps: blocks that the basis starts with.
+        steps: blocks that the basis starts with; fewer where they are wide for the rank.
         degree: of the polynomial that estimates the tail, in the first round.
         low_rate, float32_rate, float64_rate: of products, per second; the first of thin panels.
         eigh_rate: of a float64 eigendecomposition, taken as 9m³ operations.
         svd_rate: of a float32 SVD, taken as 6mn² + 20n³ operations.
         stream_rate: bytes per second that a product reads of a matrix.
         call: seconds that any operation takes.
+        least_block: rows that a Krylov block has at least: as many as cost no more than fewer would.
     """
 
     name: str
@@ -62,6 +75,7 @@ class Profile:
     svd_rate: float
     stream_rate: float
     call: float
+    least_block: int = 8
 
     def __post_init__(self) -> None:
         """Refuse rates that are none: a cost of them would be nonsense."""
@@ -73,7 +87,7 @@ class Profile:
 
 
 # Two cores of a Zen 4 server with AVX-512 BF16; measured by `phlora calibrate`.
-_CPU_BF16 = Profile("cpu-bf16", "bfloat16", 0.5, 9, 9, 4e11, 1.3e11, 5e10, 4.5e10, 1.0e11, 1.8e10, 2e-5)
+_CPU_BF16 = Profile("cpu-bf16", "bfloat16", 0.5, 9, 9, 4e11, 1.3e11, 5e10, 4.5e10, 1.0e11, 1.8e10, 2e-5, 16)
 # The same, without its units for bfloat16: ratios between the rates matter here, not the rates.
 _CPU = Profile("cpu", "float32", 0.5, 9, 9, 1.3e11, 1.3e11, 5e10, 4.5e10, 1.0e11, 1.8e10, 2e-5)
 # From the vendors' peak rates, halved; no such device has been measured yet. SVD and eigh of one matrix use few of its units.
@@ -93,6 +107,7 @@ class Round:
         width: rows of the basis.
         kept: its leading directions that are used in float32.
         degree: of the polynomial that estimates the tail.
+        after: the round before must have come so near: its certificate is at most so many times the tolerance.
     """
 
     rank: int
@@ -100,10 +115,11 @@ class Round:
     width: int
     kept: int
     degree: int
+    after: float = math.inf
 
 
 def rounds(m: int, rank: int, profile: Profile, *, growing: bool = False) -> list[Round]:
-    """The sizes that are tried one after another: each twice the last, up to half of the matrix.
+    """The sizes that are tried one after another: each twice the last, and at the end half of the matrix.
 
     Args:
         m: the shorter side.
@@ -112,13 +128,14 @@ def rounds(m: int, rank: int, profile: Profile, *, growing: bool = False) -> lis
         growing: whether the rank, too, doubles from 16 up to `rank`, for a threshold of energy.
     """
     first = min(rank, _FIRST_RANK) if growing else rank
-    block = max(8, 8 * math.ceil(profile.block_per_rank * first / 8))
-    found = []
+    block = max(profile.least_block, 8 * math.ceil(profile.block_per_rank * first / 8))
+    steps = profile.steps if block < first else min(profile.steps, _DEEP)
+    found: list[Round] = []
     for doubling in range(_DOUBLINGS if not growing else 2 * _DOUBLINGS):
-        width = block * profile.steps << doubling
+        width = min(block * steps << doubling, m // 2 // block * block)
         usable = min(first << doubling, rank) if growing else rank
         kept = 2 * width // 5
-        if width > m // 2 or kept < usable:
+        if width < (_LAST * found[-1].width if found else block * steps) or kept < usable:
             break
         degree = (
             profile.degree << min(doubling, _DOUBLINGS) | 1
@@ -189,7 +206,8 @@ def planned(
     """The rounds of Krylov that are tried, perhaps none, and the route that is taken when they do not do.
 
     `auto` tries a first round where it costs less than the route behind it, and further ones where they cost next to nothing
-    beside that: what the first does not certify is mostly flat, and then none will. `krylov` tries every round that there is.
+    beside that, or little and the one before nearly did: what the first does not certify is mostly flat, and then none will.
+    `krylov` tries every round that there is.
     """
     m, n = min(d, k), max(d, k)
     if solver in {"gram", "exact"}:
@@ -197,13 +215,17 @@ def planned(
     last, limit = whole(d, k, rank, profile)
     tried = rounds(m, min(rank, m), profile, growing=growing)
     if solver == "auto":
-        shares = [krylov_seconds(m, n, step, profile) / limit for step in tried]
-        tried = [
-            step
-            for step, share in zip(tried, shares, strict=True)
-            if share < (_FIRST if growing or step is tried[0] else _FURTHER)
-        ]
+        tried = list(
+            _worthwhile(tried, [krylov_seconds(m, n, step, profile) / limit for step in tried], growing=growing)
+        )
     return tried, last
+
+
+def _worthwhile(tried: Sequence[Round], shares: Sequence[float], *, growing: bool) -> Iterator[Round]:
+    for number, (step, share) in enumerate(zip(tried, shares, strict=True)):
+        if share >= (_GROWING if growing else _FURTHER if number else _FIRST):
+            return
+        yield replace(step, after=_NEAR / share) if number and share > _ANYWAY and not growing else step
 
 
 @lru_cache(4096)  # a zoo has few shapes

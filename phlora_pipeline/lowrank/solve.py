@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,12 +21,15 @@ from phlora_pipeline.lowrank.faults import refused
 from phlora_pipeline.lowrank.krylov import KrylovBasis
 from phlora_pipeline.lowrank.operator import Operator
 from phlora_pipeline.lowrank.panels import gaussian
-from phlora_pipeline.lowrank.ritz import Triplets, refine, signs_fixed
+from phlora_pipeline.lowrank.ritz import Compression, Triplets, refine, signs_fixed
 from phlora_pipeline.lowrank.routes import CHECK_ROWS, Profile, Round, Solver, planned
 
 _FLAT = 6.0
 """No σ² is above so many times their mean: the matrix looks like noise (4 in a square one) or has equal σ, and no basis that is
 smaller than the matrix will be certified."""
+
+_CLOSER = 4.0
+"""Times the tolerance: a certificate that a polynomial of twice the degree may bring under it, where the tail is all that is amiss."""
 
 _CANCELS = 1e-3
 """A residual below this share of ‖ΔW‖_F² is not taken as a difference of two nearly equal numbers."""
@@ -78,7 +81,7 @@ class _Found:
 
     Attributes:
         triplets: as many as it has.
-        bounds: of λ_i, i ≤ rank.
+        bounds: whose first i add up to a bound of λ_1 + … + λ_i, i ≤ rank.
         psi, seen: random rows and their products with D, or with Dᵀ, on whose side they are.
         turned: whether it is Dᵀ.
         rank: triplets that may be taken.
@@ -123,6 +126,7 @@ class _Ladder:
         self._settings, self._profile = settings, profile
         self._q = min(settings.max_rank, op.shape[1])
         self._done: dict[int, Factors] = {}
+        self._missed: dict[int, float] = {}
         self._notes: list[list[str]] = [[] for _ in names]
 
     def climb(self) -> list[Factors | str]:
@@ -151,7 +155,7 @@ class _Ladder:
         inside = self._pending
         flat = self._flat(basis) if self._settings.solver == "auto" else set[int]()
         for step in rounds:
-            pending = [index for index in self._pending if index not in flat]
+            pending = [index for index in self._near(self._pending, step.after) if index not in flat]
             if not pending:
                 return
             op, names = self._op.pick(pending), [self._names[index] for index in pending]
@@ -160,12 +164,27 @@ class _Ladder:
             basis.grow(step.width)
             psi = gaussian(names, "check", CHECK_ROWS, op.shape[2], op.device)
             triplets, compression, seen = refine(op, basis.leading(step.kept), psi)
-            norms_sq = [self._norms_sq[index] for index in pending]
-            guesses = to_host(triplets.energies[:, -1])
-            tails = tail_bound(op, compression.V, names, guesses, norms_sq, step.degree)
-            bounds = optimum_bound(compression, tails, step.rank)
-            found = _Found(triplets, bounds, psi, seen, turned=True, rank=step.rank, last_resort=False)
-            self._judge(f"krylov {step.width}", found, pending)
+            self._certify(step, pending, triplets, compression, psi, seen)
+            near = self._near(pending, _CLOSER)
+            if near:  # a sharper look at the tail costs less than a wider basis
+                rows = [pending.index(index) for index in near]
+                sharper = replace(step, degree=2 * step.degree + 1)
+                self._certify(sharper, near, triplets.pick(rows), compression.pick(rows), psi[rows], seen[rows])
+
+    def _certify(
+        self, step: Round, pending: list[int], triplets: Triplets, compression: Compression, psi: Tensor, seen: Tensor
+    ) -> None:
+        names, norms_sq = [self._names[index] for index in pending], [self._norms_sq[index] for index in pending]
+        guesses = to_host(triplets.energies[:, -1])
+        tails = tail_bound(self._op.pick(pending), compression.V, names, guesses, norms_sq, step.degree)
+        bounds = optimum_bound(compression, tails, step.rank)
+        found = _Found(triplets, bounds, psi, seen, turned=True, rank=step.rank, last_resort=False)
+        self._judge(f"krylov {step.width}", found, pending)
+
+    def _near(self, pending: Sequence[int], times: float) -> list[int]:
+        """Those whose certificate has missed the tolerance by no more than so many times."""
+        limit = times * self._settings.tolerance
+        return [index for index in pending if index not in self._done and self._missed.get(index, math.inf) <= limit]
 
     def _flat(self, basis: KrylovBasis) -> set[int]:
         """Matrices with no direction that stands out, where the tolerance is too fine for that."""
@@ -217,7 +236,8 @@ class _Ladder:
         ]
 
     def _exact(self, op: Operator, psi: Tensor, driver: str | None) -> tuple[Triplets, Tensor, Tensor, Tensor]:
-        triplets, bounds, singular_values = full.exact(op, self._q, driver)
+        norms_sq = [self._norms_sq[index] for index in self._pending]
+        triplets, bounds, singular_values = full.exact(op, self._q, driver, norms_sq)
         return triplets, bounds, op.to_long(psi, precise=True), singular_values.square()
 
     def _judge(self, attempt: str, found: _Found, pending: Sequence[int]) -> None:
@@ -237,6 +257,7 @@ class _Ladder:
             if not enough and not found.last_resort:
                 continue  # the threshold asks for a larger basis: no failure
             if not c <= self._settings.tolerance and not found.last_resort:
+                self._missed[index] = c
                 self._notes[index].append(f"{attempt}: certificate {c:.1e} over {self._settings.tolerance:.1e}")
                 continue
             short, long = cut.short[row, :rank], cut.long[row, :rank]

@@ -28,7 +28,7 @@ from phlora_pipeline.plan.tasks import Member, Task, largest_first
 from phlora_pipeline.ranks import FIXED, Policy
 from phlora_pipeline.targets import Dialect, Selection
 
-NUMERICS_REVISION = 4
+NUMERICS_REVISION = 5
 """Raised when results change, so that an upgrade recomputes a zoo only where it must."""
 
 _RUNTIME_BYTES = 512 << 20

@@ -15,7 +15,7 @@ from tests.toys import with_spectrum
 
 CPU = torch.device("cpu")
 
-SHORT = {name: replace(PROFILES[name], name=f"short {name}", steps=3) for name in ("cpu", "cpu-bf16")}
+SHORT = {name: replace(PROFILES[name], name=f"short {name}", steps=3, least_block=8) for name in ("cpu", "cpu-bf16")}
 """Profiles whose Krylov bases start with three blocks of eight rows, so that toy matrices are large enough for them."""
 
 SPECTRA: dict[str, Callable[[int], Tensor]] = {

@@ -89,6 +89,34 @@ def test_bounds_of_the_svd_stand_where_singular_values_crowd() -> None:
         assert (run("exact", delta, 64)[1][0] >= energies_of(delta)).all()
 
 
+@pytest.mark.parametrize("spectrum", ["power", "flat", "steep", "clustered", "rank two"])
+@pytest.mark.parametrize(("d", "k"), [(64, 64), (30, 200), (1, 7), (200, 128)])
+def test_sums_are_bounded_more_sharply_than_one_by_one(d: int, k: int, spectrum: str) -> None:
+    delta, m = delta_of(d, k, spectrum), min(d, k)
+    truth = energies_of(delta)
+    norm_sq = float(delta.double().square().sum())
+    op = Dense(delta.unsqueeze(0), torch.float32)
+    _, bounds, _ = full.exact(op, m, norms_sq=[norm_sq])
+    _, apart, _ = full.exact(op, m)
+    sums = bounds[0].cumsum(dim=0)
+    assert (sums >= truth.cumsum(dim=0) - 1e-12 * norm_sq).all()
+    assert (sums <= apart[0].cumsum(dim=0) + 1e-6 * norm_sq).all()
+    assert (sums <= truth.cumsum(dim=0) + 3e-6 * norm_sq).all()
+    assert (bounds >= 0).all()
+
+
+def test_what_the_svd_has_lost_of_the_norm_is_in_the_bound() -> None:
+    """Of equal entries float32 sums are off by many units of roundoff: of no other matrix it loses as much."""
+    delta = torch.full((300, 2000), 0.3)
+    norm_sq = float(delta.double().square().sum())
+    _, bounds, found = full.exact(Dense(delta.unsqueeze(0), torch.float32), 1, norms_sq=[norm_sq])
+    assert float(bounds[0, 0]) >= norm_sq * (1 - 1e-12)
+    short = [norm_sq * (1 + 1e-5)]
+    _, more, _ = full.exact(Dense(delta.unsqueeze(0), torch.float32), 1, norms_sq=short)
+    assert float(more[0, 0] - bounds[0, 0]) == pytest.approx(1e-5 * norm_sq, rel=0.1)
+    assert float(found[0, 0]) ** 2 == pytest.approx(norm_sq, rel=1e-4)
+
+
 def test_the_gram_route_knows_the_whole_spectrum() -> None:
     delta = delta_of(20, 30, "power")
     op = Dense(delta.unsqueeze(0), torch.float32)
