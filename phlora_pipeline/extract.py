@@ -216,9 +216,9 @@ class Worker:
                         done[member.part_url] = _gone(member, after)
                         continue
                     nbytes += pieces[number][0].nbytes
-                    piece = [(before[0], after[0])]
-                    noises[member.part_url] += lowrank.rounding_noise(piece, [_stored(member.block.pairs[row])])
-                    found[member.part_url] += lowrank.measure(piece, self.device)
+                    seen, norms = _measured(member.block.pairs[row : row + 1], before, after, self.device)
+                    noises[member.part_url] += seen
+                    found[member.part_url] += norms
                 left = [member for member in left if member.part_url not in done]
                 if not left:
                     return nbytes
@@ -274,11 +274,12 @@ def compute(
     Returns:
         One result per pair, in the block's order, and the CPU factors of those that were factorised.
     """
-    pairs, sides = member.block.pairs, list(zip(base, tuned, strict=True))
-    noises = lowrank.rounding_noise(sides, [_stored(pair) for pair in pairs])
+    pairs = member.block.pairs
     if member.block.purpose == "measure":
-        outcomes = lowrank.measure(sides, device)
+        noises, outcomes = _measured(pairs, base, tuned, device)
     else:
+        sides = list(zip(base, tuned, strict=True))
+        noises = lowrank.rounding_noise(sides, [_stored(pair) for pair in pairs])
         profile = profile if profile.name not in lowrank.PROFILES else profile_of(device)
         names = [pair.name for pair in pairs]
         outcomes = lowrank.decompose(sides, names, member.settings, profile, device, workspaces, formed)
@@ -288,6 +289,17 @@ def compute(
         if found.factors
     }
     return [_result(*found) for found in zip(pairs, outcomes, noises, strict=True)], factors
+
+
+def _measured(
+    pairs: Sequence[TensorPair], base: Sequence[Tensor], tuned: Sequence[Tensor], device: torch.device
+) -> tuple[list[lowrank.Noise], list[lowrank.Outcome]]:
+    """Of tensors that are not factorised: their noise, and at the same time their norms."""
+    sides = list(zip(base, tuned, strict=True))
+    return lowrank.both(
+        lambda: [lowrank.noise_of(*side, *_stored(pair)) for pair, side in zip(pairs, tuple(sides), strict=True)],
+        lambda: lowrank.measure(list(sides), device),
+    )
 
 
 def _joined(found: Sequence[lowrank.Outcome], shape: tuple[int, ...]) -> lowrank.Outcome:

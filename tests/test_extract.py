@@ -170,11 +170,11 @@ def test_a_source_replaced_since_planning_is_an_error_and_leaves_no_part(
 @pytest.mark.parametrize("solver", lowrank.SOLVERS)
 def test_a_part_tells_the_route_its_certificate_and_what_did_not_do(solver: lowrank.Solver, tmp_path: Path) -> None:
     """Of matrices that are large enough for a basis, one of which a basis cannot certify as asked."""
-    base = toys.llama_tensors(hidden=160, kv=160, inner=160)
+    base = toys.llama_tensors(hidden=200, kv=200, inner=200)
     tuned = dict(base)
-    flat = torch.ones(160, dtype=torch.float64)
-    for name, spectrum in ((Q, 0.5 ** torch.arange(160, dtype=torch.float64)), (Q.replace("q_proj", "k_proj"), flat)):
-        tuned[name] = base[name] + toys.with_spectrum(160, 160, spectrum).float()
+    flat = torch.ones(200, dtype=torch.float64)
+    for name, spectrum in ((Q, 0.5 ** torch.arange(200, dtype=torch.float64)), (Q.replace("q_proj", "k_proj"), flat)):
+        tuned[name] = base[name] + toys.with_spectrum(200, 200, spectrum).float()
     folders = toys.save(tmp_path / "b", base), toys.save(tmp_path / "t", tuned)
     settings = PlanSettings(Selection(), "peft", 4, str(tmp_path / "_parts"), lowrank.Settings(4, solver, 1e-4))
     plan = make_plan(*(open_checkpoint(str(folder)) for folder in folders), settings)

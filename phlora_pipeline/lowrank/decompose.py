@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import queue
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from phlora_pipeline.lowrank.beside import side_by_side
 from phlora_pipeline.lowrank.delta import CHUNK, first_nonfinite, form_delta, scale_, scale_exponent, to_host
 from phlora_pipeline.lowrank.faults import out_of_memory
 from phlora_pipeline.lowrank.operator import Blocked, Dense, Operator, Plain
@@ -150,24 +149,7 @@ def decompose(
 
     waiting = dict(enumerate(pairs))  # by number: a thread that is held up must not take another one's pair
     pairs.clear()
-    torch.set_num_threads(1)
-    try:
-        solving = [_solvers(os.getpid(), threads).submit(one, index) for index in range(len(names))]
-        try:
-            return [found.result() for found in solving]
-        finally:
-            for found in solving:
-                if not found.cancel():
-                    found.exception()
-    finally:
-        torch.set_num_threads(threads)
-
-
-@cache
-def _solvers(process: int, threads: int) -> ThreadPoolExecutor:
-    # For good: every new thread would get a heap of its own, and leave what it has freed there behind. Keyed by process:
-    # threads do not survive a fork.
-    return ThreadPoolExecutor(threads, thread_name_prefix=f"phlora-solve-{process}")
+    return side_by_side([partial(one, index) for index in range(len(names))])
 
 
 def _one_of(workspaces: list[Workspace]) -> Workspace:

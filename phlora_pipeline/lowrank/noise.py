@@ -18,10 +18,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from phlora_pipeline.lowrank.beside import side_by_side
 from phlora_pipeline.lowrank.delta import to_host
 
 MASKED = 0.5
@@ -81,11 +83,13 @@ def rounding_noise(
         pairs: W_base and W_tuned, as they were read, on any device; a tensor of other than two dimensions gets no edge.
         stored: the dtypes of both in their files, which are not the tensors' where a scale went with them.
     """
-    found = [_measured(*pair, *dtypes) for pair, dtypes in zip(pairs, stored, strict=True)]
-    return [
-        Noise(total, threshold(row, column, kept) * math.sqrt(wider) if row else 0.0, changed)
-        for total, row, column, kept, wider, changed in (to_host(torch.stack(found)) if found else [])
-    ]
+    return side_by_side([partial(noise_of, *pair, *dtypes) for pair, dtypes in zip(pairs, stored, strict=True)])
+
+
+def noise_of(base: Tensor, tuned: Tensor, base_dtype: torch.dtype, dtype: torch.dtype) -> Noise:
+    """The same of one ΔW, on the caller's own thread."""
+    total, row, column, kept, wider, changed = to_host(_measured(base, tuned, base_dtype, dtype))
+    return Noise(total, threshold(row, column, kept) * math.sqrt(wider) if row else 0.0, changed)
 
 
 def threshold(row: float, column: float, kept: float = 1.0) -> float:

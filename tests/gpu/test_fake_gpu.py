@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from phlora_pipeline import extract, lowrank
 from phlora_pipeline.checkpoint import TORCH_DTYPES, TensorRef
-from phlora_pipeline.lowrank import checks, full, noise, operator
+from phlora_pipeline.lowrank import beside, checks, full, noise, operator
 from phlora_pipeline.parts import TensorResult
 from phlora_pipeline.plan import Block, Member, Purpose, Task, TensorPair
 
@@ -61,6 +62,15 @@ def computed(task: Task, given: list[Tensor]) -> tuple[list[TensorResult], dict[
 def ones_like(shape: torch.Size) -> Any:
     """What `to_host` gives, in its form."""
     return [ones_like(shape[1:]) for _ in range(shape[0])] if shape else 1.0
+
+
+class Here(Executor):
+    """No other thread: a mode is its own thread's."""
+
+    def submit(self, call: Any, /, *given: Any, **named: Any) -> Any:
+        found: Future[Any] = Future()
+        found.set_result(call(*given, **named))
+        return found
 
 
 class ByOtherNames(TorchFunctionMode):
@@ -148,6 +158,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.device]]:
         noise, "to_host", lambda tensor: ones_like(tensor.shape)
     )  # its numbers are on the CPU, by intent
     monkeypatch.setattr(noise, "_SAMPLE", 64 * 256)  # toys are looked at as large weights are: never as a whole
+    monkeypatch.setattr(beside, "_pool", lambda *_: Here())
     with FakeTensorMode(), ByOtherNames():
         yield fetched
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from phlora_pipeline import lowrank
-from phlora_pipeline.lowrank import PROFILES, Factors, Outcome, Settings, Workspace, checks, measure, routes
+from phlora_pipeline.lowrank import PROFILES, Factors, Outcome, Settings, Workspace, beside, checks, measure, routes
 from phlora_pipeline.lowrank import operator as operators
 from tests.lowrank.cases import (  # fmt: skip
     CPU,
@@ -363,10 +363,10 @@ class TestSideBySide:
         """The first to be asked comes last, as it may on a busy machine."""
 
         class HeldUp(ThreadPoolExecutor):
-            def submit(self, function: Any, index: int) -> Any:  # type: ignore[override]
-                return super().submit(lambda: (time.sleep(0.2 * (index == 0)), function(index))[1])
+            def submit(self, call: Any) -> Any:  # type: ignore[override]
+                return super().submit(lambda: (time.sleep(0.2 * (call.args == (0,))), call())[1])
 
-        monkeypatch.setattr(decomposing, "_solvers", lambda _, threads: HeldUp(threads))
+        monkeypatch.setattr(beside, "_pool", lambda _, threads: HeldUp(threads))
         for outcome, delta in zip(outcomes(self.DELTAS, Settings(4)), self.DELTAS, strict=True):
             assert outcome.delta_sq == pytest.approx(float(delta.double().square().sum()), rel=1e-5)
             assert_is_best(outcome.factors, delta, 4)
@@ -422,7 +422,7 @@ class TestSideBySide:
     def test_large_ones_are_done_one_after_another(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """On all threads, in one workspace: what decides is the size, and not the number."""
         monkeypatch.setattr(decomposing, "BESIDE_ENTRIES", 100 * 130 - 1)
-        monkeypatch.setattr(decomposing, "_solvers", None)
+        monkeypatch.setattr(decomposing, "side_by_side", None)
         workspaces: list[Workspace] = []
         found = outcomes(self.DELTAS, Settings(4), workspaces=workspaces)
         assert len(workspaces) == 1
