@@ -216,7 +216,8 @@ class Worker:
                         done[member.part_url] = _gone(member, after)
                         continue
                     nbytes += pieces[number][0].nbytes
-                    seen, norms = _measured(member.block.pairs[row : row + 1], before, after, self.device)
+                    piece, stored = (before[0], after[0]), _stored(member.block.pairs[row])
+                    seen, norms = lowrank.measure([piece], [stored], self.device)
                     noises[member.part_url] += seen
                     found[member.part_url] += norms
                 left = [member for member in left if member.part_url not in done]
@@ -274,12 +275,12 @@ def compute(
     Returns:
         One result per pair, in the block's order, and the CPU factors of those that were factorised.
     """
-    pairs = member.block.pairs
+    pairs, sides = member.block.pairs, list(zip(base, tuned, strict=True))
+    stored = [_stored(pair) for pair in pairs]
     if member.block.purpose == "measure":
-        noises, outcomes = _measured(pairs, base, tuned, device)
+        noises, outcomes = lowrank.measure(sides, stored, device)
     else:
-        sides = list(zip(base, tuned, strict=True))
-        noises = lowrank.rounding_noise(sides, [_stored(pair) for pair in pairs])
+        noises = lowrank.rounding_noise(sides, stored)
         profile = profile if profile.name not in lowrank.PROFILES else profile_of(device)
         names = [pair.name for pair in pairs]
         outcomes = lowrank.decompose(sides, names, member.settings, profile, device, workspaces, formed)
@@ -289,17 +290,6 @@ def compute(
         if found.factors
     }
     return [_result(*found) for found in zip(pairs, outcomes, noises, strict=True)], factors
-
-
-def _measured(
-    pairs: Sequence[TensorPair], base: Sequence[Tensor], tuned: Sequence[Tensor], device: torch.device
-) -> tuple[list[lowrank.Noise], list[lowrank.Outcome]]:
-    """Of tensors that are not factorised: their noise, and at the same time their norms."""
-    sides = list(zip(base, tuned, strict=True))
-    return lowrank.both(
-        lambda: [lowrank.noise_of(*side, *_stored(pair)) for pair, side in zip(pairs, tuple(sides), strict=True)],
-        lambda: lowrank.measure(list(sides), device),
-    )
 
 
 def _joined(found: Sequence[lowrank.Outcome], shape: tuple[int, ...]) -> lowrank.Outcome:

@@ -9,7 +9,6 @@ triplets, `full` decomposes all of it; `certificate` and `checks` say how good t
 what is done where it does not do, `decompose` in the memory that there is, `faults` what a library's error means. `compress` is for an update that is factors already.
 """
 
-from phlora_pipeline.lowrank.beside import both
 from phlora_pipeline.lowrank.compress import Compact, compact
 from phlora_pipeline.lowrank.decompose import (
     BESIDE_ENTRIES,
@@ -22,7 +21,7 @@ from phlora_pipeline.lowrank.decompose import (
 from phlora_pipeline.lowrank.delta import CHUNK, first_nonfinite, form_delta, sum_of_squares, to_host, unravelled
 from phlora_pipeline.lowrank.energy import preserved_energy, rounding_error_sq
 from phlora_pipeline.lowrank.faults import out_of_memory
-from phlora_pipeline.lowrank.noise import Noise, below_precision, noise_of, rounding_noise
+from phlora_pipeline.lowrank.noise import Noise, below_precision, rounding_noise
 from phlora_pipeline.lowrank.routes import PROFILES, SOLVERS, Profile, Solver, exact_flops
 from phlora_pipeline.lowrank.solve import Factors, Settings
 
@@ -41,14 +40,12 @@ __all__ = [
     "Solver",
     "Workspace",
     "below_precision",
-    "both",
     "compact",
     "decompose",
     "exact_flops",
     "first_nonfinite",
     "form_delta",
     "measure",
-    "noise_of",
     "out_of_memory",
     "preserved_energy",
     "rounding_error_sq",

@@ -15,11 +15,10 @@ from typing import TypeVar
 
 import torch
 
-One = TypeVar("One")
-Other = TypeVar("Other")
+Found = TypeVar("Found")
 
 
-def side_by_side(calls: Sequence[Callable[[], One]]) -> list[One]:
+def side_by_side(calls: Sequence[Callable[[], Found]]) -> list[Found]:
     """What each call returns, in order; none of them runs any more afterwards.
 
     Raises:
@@ -33,19 +32,6 @@ def side_by_side(calls: Sequence[Callable[[], One]]) -> list[One]:
             for each in running:
                 if not each.cancel():
                     each.exception()
-
-
-def both(one: Callable[[], One], other: Callable[[], Other]) -> tuple[One, Other]:
-    """What two calls return, the second of them on the caller's own thread; likewise."""
-    if torch.get_num_threads() == 1:
-        return one(), other()
-    with _threads() as pool:
-        running = pool.submit(one)
-        try:
-            found = other()
-        finally:
-            running.exception()
-        return running.result(), found
 
 
 @contextmanager

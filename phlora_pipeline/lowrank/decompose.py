@@ -12,6 +12,7 @@ import queue
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from phlora_pipeline.lowrank.beside import side_by_side
 from phlora_pipeline.lowrank.delta import CHUNK, first_nonfinite, form_delta, scale_, scale_exponent, to_host
 from phlora_pipeline.lowrank.faults import out_of_memory
+from phlora_pipeline.lowrank.noise import Noise, noise_of
 from phlora_pipeline.lowrank.operator import Blocked, Dense, Operator, Plain
 from phlora_pipeline.lowrank.rounded import PADDING, BothWays, both_ways
 from phlora_pipeline.lowrank.routes import PROFILES, Profile, is_blocked, planned
@@ -27,6 +29,9 @@ from phlora_pipeline.lowrank.solve import Factors, Settings, factorise
 BESIDE_ENTRIES = 16 << 20
 """Matrices of so many entries or fewer are done side by side on a processor, one thread each; larger ones one after another,
 on all threads. Never by how many there are: the same matrix takes the same arithmetic, alone or among others."""
+
+_MEASURED = 1 << 20
+"""Entries of a ΔW that a processor forms for its norms alone: they stay in its caches."""
 
 Pair = tuple[Tensor, Tensor]
 """W_base and W_tuned (d, k), in their stored dtypes, on the CPU."""
@@ -70,24 +75,30 @@ class Workspace:
         self._buffers.clear()
 
 
-def measure(pairs: list[Pair], device: torch.device) -> list[Outcome]:
-    """The norms alone, of tensors of any shape, a piece at a time. `pairs` is emptied on the way, as by `decompose`."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # pieces that fit the cache are not worth another one
-    try:
-        return [_measured(pairs.pop(0), device) for _ in range(len(pairs))]
-    finally:
-        torch.set_num_threads(threads)
+def measure(
+    pairs: Sequence[Pair], stored: Sequence[tuple[torch.dtype, torch.dtype]], device: torch.device
+) -> tuple[list[Noise], list[Outcome]]:
+    """What rounding has left, and the norms alone, of tensors of any shape; a piece at a time, on all threads.
+
+    Args:
+        pairs: as of `decompose`, but that they are left.
+        stored: as of `rounding_noise`.
+        device: where ΔW is formed.
+    """
+    looks = [partial(noise_of, *pair, *dtypes) for pair, dtypes in zip(pairs, stored, strict=True)]
+    size = _MEASURED if device.type == "cpu" else CHUNK
+    pieces = [(row, start) for row, (base, _) in enumerate(pairs) for start in range(0, base.numel(), size)]
+    sums = [partial(_sums, pairs[row], slice(start, start + size), device) for row, start in pieces]
+    found: list[Any] = side_by_side([*looks, *sums])
+    totals = [torch.zeros(3, dtype=torch.float64, device=device) for _ in pairs]
+    for (row, _), part in zip(pieces, found[len(pairs) :], strict=True):
+        totals[row] += part
+    return found[: len(pairs)], [_outcome(pair, to_host(total)) for pair, total in zip(pairs, totals, strict=True)]
 
 
-def _measured(pair: Pair, device: torch.device) -> Outcome:
-    base, tuned = (side.reshape(-1) for side in pair)
-    scratch = torch.empty(min(CHUNK, base.numel()), dtype=torch.float32, device=device)
-    sums = [
-        form_delta(base[start : start + CHUNK], tuned[start : start + CHUNK], scratch[: base.numel() - start])
-        for start in range(0, base.numel(), CHUNK)
-    ]
-    return _outcome(pair, to_host(torch.stack(sums).sum(dim=0) if sums else torch.zeros(3)))
+def _sums(pair: Pair, piece: slice, device: torch.device) -> Tensor:
+    base, tuned = (side.reshape(-1)[piece] for side in pair)
+    return form_delta(base, tuned, torch.empty(len(base), dtype=torch.float32, device=device))
 
 
 def decompose(

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from phlora_pipeline.lowrank.beside import both, side_by_side
+from phlora_pipeline.lowrank.beside import side_by_side
 
 
 @pytest.fixture(params=[1, 2])
@@ -35,20 +35,6 @@ def test_two_at_once_are_at_once() -> None:
     torch.set_num_threads(2)
     meeting = threading.Barrier(2, timeout=10)
     assert sorted(side_by_side([meeting.wait, meeting.wait])) == [0, 1]
-    assert sorted(both(meeting.wait, meeting.wait)) == [0, 1]
-
-
-def test_both(threads: int) -> None:
-    here, names = threading.current_thread().name, []
-
-    def noted(found: object) -> object:
-        names.append(threading.current_thread().name)
-        assert torch.get_num_threads() == 1
-        return found
-
-    assert both(lambda: noted("a"), lambda: noted(2)) == ("a", 2)
-    assert here in names
-    assert (len(set(names)) == 2) == (threads == 2)
 
 
 @pytest.mark.usefixtures("threads")
@@ -64,12 +50,6 @@ def test_an_error_is_told_once_nothing_runs_any_more() -> None:
     started = len(ended)
     time.sleep(0.15)
     assert len(ended) == started
-    for calls in ((slow, lambda: 1 / 0), (lambda: 1 / 0, slow)):
-        with pytest.raises(ZeroDivisionError):
-            both(*calls)
-        started = len(ended)
-        time.sleep(0.15)
-        assert len(ended) == started
 
 
 def test_nothing_to_do_is_nothing() -> None:
