@@ -60,7 +60,7 @@ class Profile:
         svd_rate: of a float32 SVD, taken as 6mn² + 20n³ operations.
         stream_rate: bytes per second that a product reads of a matrix.
         call: seconds that any operation takes.
-        least_block: rows that a Krylov block has at least: as many as cost no more than fewer would.
+        least_block: rows that a Krylov block has at least, where the matrix is large enough: as many as cost no more than fewer.
     """
 
     name: str
@@ -128,8 +128,7 @@ def rounds(m: int, rank: int, profile: Profile, *, growing: bool = False) -> lis
         growing: whether the rank, too, doubles from 16 up to `rank`, for a threshold of energy.
     """
     first = min(rank, _FIRST_RANK) if growing else rank
-    block = max(profile.least_block, 8 * math.ceil(profile.block_per_rank * first / 8))
-    steps = profile.steps if block < first else min(profile.steps, _DEEP)
+    block, steps = _blocks(m, first, profile)
     found: list[Round] = []
     for doubling in range(_DOUBLINGS if not growing else 2 * _DOUBLINGS):
         width = min(block * steps << doubling, m // 2 // block * block)
@@ -142,6 +141,16 @@ def rounds(m: int, rank: int, profile: Profile, *, growing: bool = False) -> lis
         )  # odd: the many directions that D ends in zero count for nothing
         found.append(Round(usable, block, width, kept, degree))
     return found
+
+
+def _blocks(m: int, rank: int, profile: Profile) -> tuple[int, int]:
+    """Rows of a block, and how many blocks there are at first."""
+    narrow = 8 * math.ceil(profile.block_per_rank * rank / 8)
+    for block in (max(narrow, profile.least_block), narrow):
+        steps = profile.steps if block < rank else min(profile.steps, _DEEP)
+        if block * steps <= m // 2:
+            break
+    return block, steps
 
 
 def krylov_seconds(m: int, n: int, step: Round, profile: Profile) -> float:

@@ -114,6 +114,13 @@ class TestRounds:
             (16, 96), (16, 96), (16, 144), (16, 144)
         ]  # fmt: skip
 
+    def test_a_small_matrix_has_narrower_blocks_before_it_has_none(self) -> None:
+        profile = replace(PROFILES["cpu"], block_per_rank=0.5, steps=9, least_block=16)
+        found = {m: rounds(m, 4, profile)[:1] for m in (80, 100, 191, 192)}
+        assert [(m, *((step.block, step.width) for step in steps)) for m, steps in found.items()] == [
+            (80,), (100, (8, 48)), (191, (8, 48)), (192, (16, 96))
+        ]  # fmt: skip
+
     def test_the_dearer_a_further_one_is_the_nearer_the_one_before_must_have_come(self) -> None:
         """Of a matrix that nearly is certified another basis is worth half of a whole decomposition."""
         tried, _ = planned(1024, 1024, 32, "auto", PROFILES["cpu-bf16"])
