@@ -89,7 +89,7 @@ HOMES = {
 
 
 NUMERICS = [
-    "faults", "delta", "noise", "operator", "panels", "krylov", "ritz", "compress", "full", "certificate", "checks", "energy", "routes", "solve", "decompose",
+    "faults", "small", "delta", "noise", "operator", "panels", "krylov", "ritz", "compress", "full", "certificate", "checks", "energy", "routes", "solve", "decompose",
 ]  # fmt: skip
 
 

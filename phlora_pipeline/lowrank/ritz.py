@@ -14,6 +14,7 @@ from torch import Tensor
 
 from phlora_pipeline.lowrank.operator import Operator, gram, product
 from phlora_pipeline.lowrank.panels import against, orthonormal, straightened
+from phlora_pipeline.lowrank.small import Eigh, solved
 
 _VANISHED = 1e-12
 """σ² below this share of σ_1² is rounding of float32: the pair is zero."""
@@ -81,15 +82,20 @@ def triplets_of(op: Operator, U: Tensor, psi: Tensor) -> tuple[Triplets, Tensor]
 
 def _triplets(V: Tensor, VD: Tensor, M: Tensor) -> Triplets:
     """Triplets of (V·Dᵀ)ᵀ·V: V (b, p, n) orthonormal rows, VD = V·Dᵀ (b, p, m), M = VD·VDᵀ in float64."""
-    energies, W = torch.linalg.eigh(M)  # ascending
+    energies, to_short, to_long = solved(_rotations, M)
+    return Triplets(product(to_short, VD), product(to_long, V), energies.cpu())
+
+
+def _rotations(eigh: Eigh, M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """σ², and what turns VD and V into rows √σ·u and √σ·v."""
+    energies, W = eigh(M)  # ascending
     energies, W = energies.flip(-1), W.flip(-1)
     kept = energies > _VANISHED * energies[..., :1]
     energies = torch.where(kept, energies, 0)
     root = energies.clamp_min(torch.finfo(torch.float32).tiny).pow(0.25)  # √σ
     inverse = torch.where(kept, 1 / root, 0)
-    short = product((inverse.unsqueeze(-1) * W.mT).float(), VD)
-    long = product((torch.where(kept, root, 0).unsqueeze(-1) * W.mT).float(), V)
-    return Triplets(short, long, energies.cpu())
+    to_short = (inverse.unsqueeze(-1) * W.mT).float()
+    return energies, to_short, (torch.where(kept, root, 0).unsqueeze(-1) * W.mT).float()
 
 
 def signs_fixed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
