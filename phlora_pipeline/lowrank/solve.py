@@ -123,7 +123,7 @@ class _Ladder:
         except RuntimeError as error:
             if not refused(error):
                 raise
-            self._note("krylov", error)
+            self._note("krylov", error, self._pending)
         for name in (last, "exact" if last == "gram" else "gram"):
             if self._pending:
                 self._whole(name)
@@ -175,20 +175,28 @@ class _Ladder:
             pending = self._pending
             if not pending:
                 return
-            op = self._op.pick(pending)
-            try:
-                triplets, bounds, seen, spectrum = run(op, self._psi[pending])
-            except RuntimeError as error:
-                if not refused(error):
-                    raise
-                self._note(attempt, error)
-                continue
-            totals = to_host(spectrum.sum(dim=1))
-            whole = _Found(triplets, to_host(bounds), seen, self._q, last_resort=True, totals=totals)
-            self._judge(attempt, whole, pending)
+            alone = len(pending) == 1
+            if not self._tried(attempt, run, pending, alone=alone) and not alone:
+                for index in pending:  # a library refuses all for the sake of one
+                    self._tried(attempt, run, [index], alone=True)
 
-    def _note(self, attempt: str, error: Exception) -> None:
-        for index in self._pending:
+    def _tried(self, attempt: str, run: _Whole, rows: list[int], *, alone: bool) -> bool:
+        """Whether a route takes these matrices; where one `alone` is refused, that is noted."""
+        try:
+            triplets, bounds, seen, spectrum = run(self._op.pick(rows), self._psi[rows])
+        except RuntimeError as error:
+            if not refused(error):
+                raise
+            if alone:
+                self._note(attempt, error, rows)
+            return False
+        totals = to_host(spectrum.sum(dim=1))
+        whole = _Found(triplets, to_host(bounds), seen, self._q, last_resort=True, totals=totals)
+        self._judge(attempt, whole, rows)
+        return True
+
+    def _note(self, attempt: str, error: Exception, rows: Sequence[int]) -> None:
+        for index in rows:
             self._notes[index].append(f"{attempt}: {' '.join(str(error).split())[:120]}")
 
     def _attempts(self, name: str) -> list[tuple[str, _Whole]]:
