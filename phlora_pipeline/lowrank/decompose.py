@@ -166,7 +166,8 @@ def decompose(
 def _solvers(process: int, threads: int) -> ThreadPoolExecutor:
     # For good: every new thread would get a heap of its own, and leave what it has freed there behind. Keyed by process:
     # threads do not survive a fork.
-    return ThreadPoolExecutor(threads, thread_name_prefix=f"phlora-solve-{process}")
+    # Each begins with as many for LAPACK as there are processors, and would keep that up to its first large matrix.
+    return ThreadPoolExecutor(threads, f"phlora-solve-{process}", torch.set_num_threads, (1,))
 
 
 def _one_of(workspaces: list[Workspace]) -> Workspace:
