@@ -124,9 +124,8 @@ class _Ladder:
             if not refused(error):
                 raise
             self._note("krylov", error, self._pending)
-        for name in (last, "exact" if last == "gram" else "gram"):
-            if self._pending:
-                self._whole(name)
+        if self._pending:
+            self._whole(last)
         return [self._done.get(index) or self._failure(index) for index in range(len(self._names))]
 
     @property
@@ -170,8 +169,12 @@ class _Ladder:
             )
         return found
 
-    def _whole(self, name: str) -> None:
-        for attempt, run in self._attempts(name):
+    def _whole(self, first: str) -> None:
+        gram, exact = self._attempts("gram"), self._attempts("exact")
+        ways = gram + exact if first == "gram" else exact + gram
+        if first == "exact" and self._settings.solver == "auto":
+            ways = exact[:1] + gram + exact[1:]  # a GPU's further drivers take ten times as long
+        for attempt, run in ways:
             pending = self._pending
             if not pending:
                 return

@@ -283,6 +283,15 @@ def test_drivers_are_tried_in_turn_and_the_processor_last(
     assert calls == ladder[: failures + 1]
 
 
+def test_where_the_first_driver_refuses_auto_takes_the_gram_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = failing_drivers(monkeypatch, 1)
+    task = fake_task("factor", (400, 300), count=1)
+    results, factors = computed(task, stored(task))
+    assert_factors(task, results, factors)
+    assert [result.solver for result in results] == ["gram"]
+    assert [driver for driver, *_ in calls] == ["gesvda"]
+
+
 def test_a_batch_that_is_refused_for_the_sake_of_one_is_done_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = failing_drivers(monkeypatch, 2)  # all three, and then the first alone
     task = fake_task("factor", (400, 300), solver="exact")
