@@ -12,8 +12,10 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +39,11 @@ PIECE = 8 << 20
 
 PREFETCH_BYTES = BLOCK_BYTES + BLOCK_BYTES // 8
 """One side of a block that is larger, in float32 with its scales, is not read ahead: memory before speed."""
+
+PINNED_BYTES = 1 << 29
+"""The same where it is on a GPU soon: one such, and the next, in memory that is used again. Those of a Llama of 70B fit."""
+
+Found = TypeVar("Found")
 
 _OF_A_SOURCE = (SourceChangedError, NotFoundError)
 """A checkpoint is not what it was when it was planned."""
@@ -122,7 +129,7 @@ class Worker:
         """
         self.device = checked_device(device)
         torch.set_num_threads(threads)
-        self._reader = Reader(self.device, PREFETCH_BYTES)
+        self._reader = Reader(self.device, PREFETCH_BYTES if self.device.type == "cpu" else PINNED_BYTES)
         self._workspaces: list[lowrank.Workspace] = []
 
     def run(self, task: Task, prefetch: Task | None = None) -> TaskReport:
@@ -278,18 +285,31 @@ def compute(
     pairs, sides = member.block.pairs, list(zip(base, tuned, strict=True))
     stored = [_stored(pair) for pair in pairs]
     if member.block.purpose == "measure":
-        noises, outcomes = lowrank.measure(sides, stored, device)
-    else:
-        noises = lowrank.rounding_noise(sides, stored)
-        profile = profile if profile.name not in lowrank.PROFILES else profile_of(device)
-        names = [pair.name for pair in pairs]
-        outcomes = lowrank.decompose(sides, names, member.settings, profile, device, workspaces, formed)
+        looked, outcomes = lowrank.measure(sides, stored, device)
+        return [_result(*found) for found in zip(pairs, outcomes, looked, strict=True)], {}
+    noises = _beside(device, lowrank.rounding_noise, list(sides), stored)
+    profile = profile if profile.name not in lowrank.PROFILES else profile_of(device)
+    names = [pair.name for pair in pairs]
+    outcomes = lowrank.decompose(sides, names, member.settings, profile, device, workspaces, formed)
     factors = {
         pair.name: (found.factors.A.cpu(), found.factors.B.cpu())
         for pair, found in zip(pairs, outcomes, strict=True)
         if found.factors
     }
-    return [_result(*found) for found in zip(pairs, outcomes, noises, strict=True)], factors
+    return [_result(*found) for found in zip(pairs, outcomes, noises(), strict=True)], factors
+
+
+def _beside(device: torch.device, work: Callable[..., Found], *given: Any) -> Callable[[], Found]:
+    """Done on the processor while a GPU is busy, or at once where there is none; gives what to call for the result."""
+    if device.type == "cpu":
+        found = work(*given)
+        return lambda: found
+    return _spare(os.getpid()).submit(work, *given).result
+
+
+@cache
+def _spare(process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, f"phlora-beside-{process}", torch.set_num_threads, (1,))
 
 
 def _joined(found: Sequence[lowrank.Outcome], shape: tuple[int, ...]) -> lowrank.Outcome:

@@ -29,7 +29,7 @@ from jobs.bench import (
     table,
     truth,
 )
-from jobs.bench.__main__ import _parser
+from jobs.bench.__main__ import _parser, main
 from jobs.bench.measure import BenchError, Cost
 from jobs.bench.settings import QUICK, Bench
 
@@ -348,6 +348,15 @@ class TestTable:
         }
         assert "- BERT: no such architecture" in table.rendered({"end-to-end": {"BERT": refused}})
 
+    def test_a_gpus_kernels_have_a_table_of_their_own(self) -> None:
+        shape = {**RESULTS["kernels"]["4096x4096"], "gpu": "NVIDIA H100"}
+        shown = table.rendered({"kernels": RESULTS["kernels"], "kernels-cuda": {"8x8": shape}})
+        assert shown.count("**Kernels") == 2
+        assert "**Kernels on a GPU** (NVIDIA H100, torch " in shown
+        assert shown.count("Measured by") == 1
+        assert "NVIDIA" not in shown.partition("**Kernels")[0]
+        assert "on a GPU" not in table.headline({"kernels-cuda": {"8x8": shape}})
+
     def test_nothing_measured_gives_nothing(self) -> None:
         assert table.rendered({}) == ""
 
@@ -413,6 +422,14 @@ def test_the_quick_benchmark_runs_as_a_process_and_fills_the_readme(tmp_path: Pa
         assert "**Kernels**" in page.read_text()
         assert page.read_text().endswith("after\n")
     assert ("**How cost grows**" in readme.read_text(), "**How cost grows**" in tables.read_text()) == (False, True)
+
+
+def test_only_the_kernels_are_measured_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["jobs.bench", "--device", "cuda"])
+    assert main() == 2
+    assert "--device cuda is for --only kernels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("others", [False, True])

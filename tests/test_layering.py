@@ -89,7 +89,7 @@ HOMES = {
 
 
 NUMERICS = [
-    "faults", "beside", "delta", "noise", "rounded", "operator", "panels", "krylov", "ritz", "compress", "full", "certificate", "checks", "energy", "routes", "solve", "decompose",
+    "faults", "beside", "small", "delta", "noise", "rounded", "operator", "panels", "krylov", "ritz", "compress", "full", "certificate", "checks", "energy", "routes", "solve", "decompose",
 ]  # fmt: skip
 
 

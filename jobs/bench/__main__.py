@@ -33,6 +33,8 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
 def main() -> int:
     """Parse, measure section by section, show."""
     options = _parser().parse_args()
+    if options.device != "cpu" and options.only != ["kernels"]:
+        return _refused(f"--device {options.device} is for --only kernels")
     out = options.out or (options.dir / "quick.json" if options.quick else Path("benchmarks.json"))
     options.dir.mkdir(parents=True, exist_ok=True)
     code = 0
@@ -43,7 +45,8 @@ def main() -> int:
             peers=not options.no_mergekit,
             others=not options.no_others,
             say=say,
-            save=partial(results.save, out, name),
+            save=partial(results.save, out, name if options.device == "cpu" else f"{name}-{options.device}"),
+            device=options.device,
         )
         try:
             SECTIONS[name](bench)
@@ -57,6 +60,11 @@ def main() -> int:
     if options.tables or not options.quick:
         show(table.rendered(found), options.tables or Path(__file__).with_name("README.md"))
     return code
+
+
+def _refused(why: str) -> int:
+    say(f"error: {why}")
+    return 2
 
 
 def show(tables: str, page: Path) -> None:
@@ -105,6 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--no-others", action="store_true", help="of the kernels, `auto` and the full SVD alone: the others take hours"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="of the kernels; a GPU's results are a section of their own",
     )
     parser.add_argument("--shapes", type=_listed, metavar="LIST", help="of the kernels, such as 576x576,4096x4096")
     parser.add_argument("--spectra", type=_listed, metavar="LIST", help="of the kernels, such as power-0.4,flat")

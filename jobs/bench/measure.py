@@ -186,10 +186,15 @@ def machine() -> Machine:
     )
 
 
-def stamp() -> dict[str, Any]:
-    """What every saved entry carries: when, on what, and how busy that was."""
+def stamp(device: str = "cpu") -> dict[str, Any]:
+    """What every saved entry carries: when, on what, and how busy that was; and the GPU, where it was one."""
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return {"when": now, "machine": asdict(machine()), "load": round(os.getloadavg()[0], 1)}
+    told = {"when": now, "machine": asdict(machine()), "load": round(os.getloadavg()[0], 1)}
+    if device == "cpu":
+        return told
+    import torch
+
+    return {**told, "gpu": torch.cuda.get_device_name(device)}
 
 
 def _lines(path: str) -> list[str]:

@@ -39,6 +39,26 @@ def _svd_lowrank(base: Tensor, tuned: Tensor, rank: int, *, niter: int) -> tuple
     return _factors(U[:, :rank], S[:rank], V.mT[:rank])
 
 
+def gesvda(base: Tensor, tuned: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The approximate driver of cuSOLVER, which on an H100 is the most accurate of its three."""
+    return _svd_by("gesvda", base, tuned, rank)
+
+
+def gesvd(base: Tensor, tuned: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """QR iteration by cuSOLVER."""
+    return _svd_by("gesvd", base, tuned, rank)
+
+
+def gesvdj(base: Tensor, tuned: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Jacobi sweeps by cuSOLVER: what `torch.linalg.svd` takes on a GPU unless it is told otherwise."""
+    return _svd_by("gesvdj", base, tuned, rank)
+
+
+def _svd_by(driver: str, base: Tensor, tuned: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    U, S, Vh = torch.linalg.svd(tuned.float() - base.float(), full_matrices=False, driver=driver)
+    return _factors(U[:, :rank], S[:rank], Vh[:rank])
+
+
 def arpack(base: Tensor, tuned: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """`scipy.sparse.linalg.svds`: ARPACK's Lanczos, to machine precision."""
     solve = importlib.import_module("scipy.sparse.linalg").svds
@@ -68,11 +88,23 @@ METHODS: dict[str, Method] = {
 _NEEDS = {"scipy svds": "scipy", "scikit-learn randomized_svd": "sklearn"}
 
 
-def available() -> dict[str, Method]:
-    """Those whose library is installed (extra `bench`)."""
+_ON_A_GPU: dict[str, Method] = {
+    "torch.svd_lowrank, niter=2": lowrank_2,
+    "torch.svd_lowrank, niter=4": lowrank_4,
+    "torch.linalg.svd, gesvdj": gesvdj,
+    "torch.linalg.svd, gesvd": gesvd,
+    "torch.linalg.svd, gesvda": gesvda,
+}
+
+WHOLE = frozenset(name for name in _ON_A_GPU if name.startswith(BASELINE))
+"""What costs the same whatever the rank."""
+
+
+def available(device: str = "cpu") -> dict[str, Method]:
+    """Those that know the device, and whose library is installed (extra `bench`)."""
     return {
         name: method
-        for name, method in METHODS.items()
+        for name, method in (METHODS if device == "cpu" else _ON_A_GPU).items()
         if name not in _NEEDS or importlib.util.find_spec(_NEEDS[name]) is not None
     }
 

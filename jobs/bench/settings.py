@@ -83,6 +83,7 @@ class Bench:
         others: whether the kernels are timed beside other libraries, and by routes that `auto` does not take.
         say: told what takes time before it is done.
         save: merges what is found into the results, at once: `save({row: {…}})`.
+        device: of the kernels, `cpu` or `cuda`.
     """
 
     root: Path
@@ -91,6 +92,7 @@ class Bench:
     others: bool
     say: Callable[[str], None]
     save: Callable[[dict[str, Any]], None]
+    device: str = "cpu"
 
     def llama(self, layers: int) -> tuple[Path, Path]:
         """The Llama-shaped pair with so many layers: folders of base and fine-tune."""

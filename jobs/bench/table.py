@@ -42,6 +42,7 @@ def rendered(results: dict[str, Any]) -> str:
             ("limit", _limit),
             ("scaling", _scaling),
             ("kernels", lambda rows: [*_kernels(rows), *_kernels_further(rows)]),
+            ("kernels-cuda", _kernels_on_a_gpu),
             ("compress", _compress),
             ("ranges", zoo_table.ranges),
             ("planning", zoo_table.planning),
@@ -65,7 +66,7 @@ def _joined(results: dict[str, Any], shown: Sequence[tuple[str, Callable[[dict[s
 
 
 def _conditions(results: dict[str, Any]) -> str:
-    entries = [row for section in results.values() for row in section.values() if "machine" in row]
+    entries = [row for section in results.values() for row in section.values() if "machine" in row and "gpu" not in row]
     if not entries:
         return ""
     machines = sorted({Machine(**row["machine"]).sentence() for row in entries})
@@ -181,6 +182,18 @@ def _kernels(shapes: dict[str, Row]) -> list[str]:
             if autos:
                 cells.append([shape.replace("x", "×"), str(rank), *_cell(found, autos)])
     return ["**Kernels**: two bf16 matrices in memory → A and B, certificate and checks included", lines(every, cells)]
+
+
+def _kernels_on_a_gpu(shapes: dict[str, Row]) -> list[str]:
+    """The same of a GPU, with a sentence of its own on where and when."""
+    found = sorted({(row["gpu"], row["machine"]["torch"], row["when"][:10]) for row in shapes.values()})
+    where = "; and ".join(f"{gpu}, torch {torch}, {day}" for gpu, torch, day in found)
+    _, *tables = _kernels(shapes)
+    return [
+        f"**Kernels on a GPU** ({where}): two bf16 matrices in its memory → A and B there, certificate and checks included; ours in the blocks that a worker is given, of 24 at most, and the others one by one",
+        *tables,
+        *_kernels_further(shapes),
+    ]
 
 
 def _kernels_further(shapes: dict[str, Row]) -> list[str]:

@@ -5,7 +5,7 @@ Dimensions: `b` tensors of one shape in a batch, `d` rows (outputs) and `k` colu
 `B = U√Σ` and `A = √ΣVᵀ` (eq. 4; its Appendix D swaps the two), `E_r = Σ_{i≤r} σ_i² / Σ_i σ_i²` (eq. 5).
 
 From below: `delta` forms ΔW, `noise` says what of it is rounding; `operator` gives products with it; `panels`, `krylov` and `ritz` find a subspace and its
-triplets, `full` decomposes all of it; `certificate` and `checks` say how good that is; `routes` which way is taken, `solve`
+triplets, `full` decomposes all of it, `small` solves the eigenproblems in between; `certificate` and `checks` say how good that is; `routes` which way is taken, `solve`
 what is done where it does not do, `decompose` in the memory that there is, `faults` what a library's error means. `compress` is for an update that is factors already.
 """
 
@@ -21,6 +21,7 @@ from phlora_pipeline.lowrank.decompose import (
 from phlora_pipeline.lowrank.delta import CHUNK, first_nonfinite, form_delta, sum_of_squares, to_host, unravelled
 from phlora_pipeline.lowrank.energy import preserved_energy, rounding_error_sq
 from phlora_pipeline.lowrank.faults import out_of_memory
+from phlora_pipeline.lowrank.full import drivers
 from phlora_pipeline.lowrank.noise import Noise, below_precision, rounding_noise
 from phlora_pipeline.lowrank.routes import PROFILES, SOLVERS, Profile, Solver, exact_flops
 from phlora_pipeline.lowrank.solve import Factors, Settings
@@ -42,6 +43,7 @@ __all__ = [
     "below_precision",
     "compact",
     "decompose",
+    "drivers",
     "exact_flops",
     "first_nonfinite",
     "form_delta",

@@ -49,4 +49,5 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     # For good: every new thread would get a heap of its own, and leave what it has freed there behind. Keyed by process:
     # threads do not survive a fork.
-    return ThreadPoolExecutor(threads, thread_name_prefix=f"phlora-solve-{process}")
+    # Each begins with as many threads for LAPACK as there are processors, and would keep them up to its first large matrix.
+    return ThreadPoolExecutor(threads, f"phlora-solve-{process}", torch.set_num_threads, (1,))

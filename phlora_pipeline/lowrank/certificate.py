@@ -43,6 +43,7 @@ from phlora_pipeline.lowrank.delta import to_host
 from phlora_pipeline.lowrank.operator import Operator, gram
 from phlora_pipeline.lowrank.panels import against, gaussian
 from phlora_pipeline.lowrank.ritz import Compression
+from phlora_pipeline.lowrank.small import eigvalsh, eigvalsh_beside
 
 PROBES = 16
 """s, rows of Z."""
@@ -89,6 +90,8 @@ def optimum_bound(found: Compression, tails: Sequence[float], rank: int) -> list
         tails: μ of each matrix.
         rank: how many are wanted.
     """
+    # Processors that have several matrices take one on each thread; those of a GPU are waited for.
+    eigenvalues = eigvalsh if found.V.device.type == "cpu" else eigvalsh_beside
     bounds = []
     for M, S, tail in zip(found.M, found.S, tails, strict=True):
         ritz = torch.linalg.eigvalsh(M).flip(-1)
@@ -96,7 +99,7 @@ def optimum_bound(found: Compression, tails: Sequence[float], rank: int) -> list
         lowest = torch.clamp_min(_LOWEST_SHIFT * ritz[rank - 1] / largest, _FLOOR)
         steps = torch.linspace(0, 1, _SHIFTS, dtype=torch.float64)
         shifts = largest * lowest ** (1 - steps)  # geometric, from the smallest that matters to the largest
-        values = torch.linalg.eigvalsh(M + S / shifts.view(-1, 1, 1))  # (shifts, p)
+        values = eigenvalues(M + S / shifts.view(-1, 1, 1))  # (shifts, p)
         others = (tail + shifts).unsqueeze(-1).expand(-1, rank)
         ordered = torch.cat([values, others], dim=-1).sort(dim=-1, descending=True)[0][:, :rank]
         bounds.append(to_host(ordered.min(dim=0)[0]))
@@ -120,10 +123,11 @@ def tail_bound(
     scale = torch.tensor(betas, dtype=torch.float64).rsqrt().float().to(op.device).view(-1, 1, 1)
     previous = against(gaussian(names, f"tail {degree}", PROBES, op.shape[2], op.device), V)  # T_0
     current = scale * op.to_short(previous)  # T_1
+    twice = 2 * scale
     shrunk = torch.zeros(len(betas), dtype=torch.float64, device=op.device)  # log of what both were divided by
     for step in range(2, degree + 1):
         following = op.to_short(current) if step % 2 else against(op.to_long(current), V)
-        previous, current = current, following.mul_(2 * scale).sub_(previous)
+        previous, current = current, following.mul_(twice).sub_(previous)
         # Where β is far below λ the polynomials outgrow float32.
         size = current.abs().amax(dim=(1, 2), keepdim=True).clamp_min(1)
         previous, current = previous / size, current / size
@@ -139,7 +143,7 @@ def tail_bound(
 def _largest(squares: Tensor) -> Tensor:
     """λ_max of each Gram matrix; infinite where one is not finite, which LAPACK would refuse the whole batch for."""
     finite = torch.isfinite(squares).all(dim=2).all(dim=1)
-    values = torch.linalg.eigvalsh(torch.where(finite.view(-1, 1, 1), squares, 0))[:, -1].clamp_min(0)
+    values = eigvalsh(torch.where(finite.view(-1, 1, 1), squares, 0))[:, -1].clamp_min(0)
     return torch.where(finite, values, math.inf)
 
 

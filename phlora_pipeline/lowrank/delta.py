@@ -45,15 +45,13 @@ def form_delta(base: Tensor, tuned: Tensor, out: Tensor, rounded: Tensor | None 
         ‖ΔW − rounded‖_F². A NaN or an infinity among the entries makes ‖ΔW‖_F² not finite, and nothing else does: squares of
         float32 values cannot overflow float64.
     """
-    on_cpu = not (out.is_cuda or base.is_cuda or tuned.is_cuda)
-    if on_cpu and not {base.dtype, tuned.dtype} & _WIDE:
+    if not {base.dtype, tuned.dtype} & _WIDE:
         return _form_cached(base.reshape(-1), tuned.reshape(-1), out.view(-1), rounded)
-    dtype = torch.float64 if {base.dtype, tuned.dtype} & _WIDE else torch.float32
     sums = torch.zeros(3, dtype=torch.float64, device=out.device)
     for piece in _pieces(out.numel(), CHUNK):
         # In two steps: in one, what goes to a GPU would be converted on the processor, and go there as twice the bytes.
-        before = base.reshape(-1)[piece].to(out.device).to(dtype)
-        after = tuned.reshape(-1)[piece].to(out.device).to(dtype)
+        before = base.reshape(-1)[piece].to(out.device).double()
+        after = tuned.reshape(-1)[piece].to(out.device).double()
         torch.sub(after, before, out=out.view(-1)[piece])
         sums += torch.stack([sum_of_squares(before), sum_of_squares(after), sum_of_squares(out.view(-1)[piece])])
     if rounded is not None:
@@ -63,36 +61,45 @@ def form_delta(base: Tensor, tuned: Tensor, out: Tensor, rounded: Tensor | None 
 
 
 def _form_cached(base: Tensor, tuned: Tensor, out: Tensor, rounded: Tensor | None) -> Tensor:
-    """The same on a processor, each piece while it is in the cache, with squares summed in float32 over `_RUN` entries only.
+    """The same, on a processor each piece while it is in the cache, with squares summed in float32 over `_RUN` entries only.
 
-    Few calls, each on a large piece: where two threads form their matrices at once, they wait for Python's lock after each.
+    Few calls, each on a large piece: where two threads form their matrices at once, they wait for Python's lock after each;
+    and a GPU waits for its launches.
     """
+    size, there = _CACHED if out.device.type == "cpu" else CHUNK, out.device
     columns = 3 if rounded is None else 4
     k = 1 if rounded is None else rounded.shape[-1]
     even = _RUN // math.gcd(k, _RUN)  # rows whose entries are whole runs
-    rows = even * max(1, _CACHED // (even * k))
+    rows = even * max(1, size // (even * k))
     whole = out.numel() // (even * k) * even * k
-    lengths = torch.empty(columns, whole // _RUN, dtype=torch.float32)
-    scratch = torch.empty(min(rows * k, whole), dtype=torch.float32)
+    if not whole:
+        return _form_rest(base, tuned, out, rounded)
+    lengths = torch.empty(columns, whole // _RUN, dtype=torch.float32, device=there)
+    scratch = torch.empty(min(rows * k, whole), dtype=torch.float32, device=there)
     sides = [_split(side[:whole], rows * k) for side in (base, tuned, out)]
     copies = [None] * len(sides[0]) if rounded is None else torch.split(rounded[: whole // k], rows)
     found = _split(lengths, rows * k // _RUN)
     for before, after, delta, copy, norms in zip(*sides, copies, found, strict=True):
-        beside = scratch[: len(delta)].copy_(before)
-        delta.copy_(after)
+        # In two steps: in one, what goes to a GPU would be converted on the processor, and go there as twice the bytes.
+        beside = scratch[: len(delta)].copy_(before.to(there))
+        delta.copy_(after.to(there))
         _norms(beside, norms[0])
         _norms(delta, norms[1])
         _norms(delta.sub_(beside), norms[2])
         if copy is not None:
             beside.view(copy.shape).copy_(copy.copy_(delta.view(copy.shape)))
             _norms(beside.sub_(delta), norms[3])
-    rest = _form_rest(base[whole:], tuned[whole:], out[whole:], None if rounded is None else rounded[whole // k :])
+    rest = torch.zeros(columns, dtype=torch.float64, device=there)
+    if whole < out.numel():
+        left = None if rounded is None else rounded[whole // k :]
+        rest = _form_rest(base[whole:], tuned[whole:], out[whole:], left)
     table = torch.stack([*(norms.double().square_().sum(dim=1) for norms in found), rest])
     low, high = _FLOAT32_SQUARES
     squares = table[:-1, :3]  # what rounding takes may be nothing
-    doubtful = ~((squares >= low) & (squares <= high)).all(dim=1)  # NaN is doubtful, too
-    for row in to_host(doubtful.nonzero().view(-1)):
-        squares[row] = torch.stack([sum_of_squares(pieces[row]) for pieces in sides])
+    certain = ((squares >= low) & (squares <= high)).all(dim=1)  # NaN is not
+    for row, known in enumerate(to_host(certain)):
+        if not known:
+            squares[row] = torch.stack([sum_of_squares(pieces[row].to(there)) for pieces in sides])
     return table.sum(dim=0)
 
 
@@ -102,6 +109,7 @@ def _split(panel: Tensor, size: int) -> tuple[Tensor, ...]:
 
 def _form_rest(base: Tensor, tuned: Tensor, out: Tensor, rounded: Tensor | None) -> Tensor:
     """The same of the few entries that are left, in float64."""
+    base, tuned = base.to(out.device), tuned.to(out.device)
     out.copy_(tuned).sub_(base)
     sums = [sum_of_squares(side) for side in (base, tuned, out)]
     if rounded is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from phlora_pipeline.lowrank.delta import to_host
 from phlora_pipeline.lowrank.operator import Operator, product
 from phlora_pipeline.lowrank.panels import against, gaussian, orthonormal, straightened
+from phlora_pipeline.lowrank.small import eigh, eigvalsh
 
 
 class KrylovBasis:
@@ -69,12 +70,12 @@ class KrylovBasis:
 
     def largest(self) -> list[float]:
         """About σ_1² of each matrix: what the basis, in low precision, has of it."""
-        found: list[float] = to_host(torch.linalg.eigvalsh(product(self.images, self.images.mT).double())[:, -1])
+        found: list[float] = to_host(eigvalsh(product(self.images, self.images.mT).double())[:, -1])
         return found
 
     def leading(self, p: int) -> Tensor:
         """The p leading Ritz directions' images, as far as the low precision tells: (b, p, n), near to σ·v, nearly orthogonal."""
-        _, W = torch.linalg.eigh(product(self.images, self.images.mT).double())
+        _, W = eigh(product(self.images, self.images.mT).double())
         return product(W.flip(-1)[..., :p].mT.float(), self.images)
 
     def pick(self, rows: list[int], op: Operator) -> KrylovBasis:

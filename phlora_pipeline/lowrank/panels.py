@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from phlora_pipeline.lowrank.operator import gram, product
+from phlora_pipeline.lowrank.small import Eigh, solved
 
 _DEPENDENT = 1e-12
 """Eigenvalues of a Gram matrix of unit rows below this share of the largest belong to dependent rows: they are rounding."""
@@ -20,14 +21,19 @@ _SPURIOUS = 0.01
 def gaussian(names: Sequence[str], purpose: str, rows: int, columns: int, device: torch.device) -> Tensor:
     """(b, rows, columns) float32 of independent N(0, 1), a function of each tensor's name and of the purpose alone.
 
-    Drawn on the CPU: the same numbers on every device, in every batch.
+    Drawn on the device, where it takes no time: the same numbers on every device of a kind, in every batch.
     """
+    generator = _generator(device)
 
     def one(name: str) -> Tensor:
         seed = int.from_bytes(hashlib.sha256(f"{purpose}:{name}".encode()).digest()[:7])
-        return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+        return torch.randn(rows, columns, generator=generator.manual_seed(seed), device=device)
 
-    return torch.stack([one(name) for name in names]).to(device)
+    return torch.stack([one(name) for name in names])
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device)
 
 
 def whitener(panel: Tensor) -> Tensor:
@@ -36,13 +42,18 @@ def whitener(panel: Tensor) -> Tensor:
     From the eigenvectors of the float64 Gram matrix of the rows brought to unit length (SVQB: Stathopoulos and Wu, 2002):
     much cheaper than Householder's QR on a thin panel, and nothing can break down. Applied twice it is exact to rounding.
     """
-    lengths = torch.linalg.vector_norm(panel, dim=-1).double()  # (b, l)
+    [R] = solved(_whitening, gram(panel), torch.linalg.vector_norm(panel, dim=-1))
+    return R
+
+
+def _whitening(eigh: Eigh, squares: Tensor, lengths: Tensor) -> tuple[Tensor]:
+    lengths = lengths.double()  # (b, l)
     inverse = torch.where(lengths > 0, 1 / lengths.clamp_min(torch.finfo(torch.float32).tiny), 0)
-    values, W = torch.linalg.eigh(gram(panel) * inverse.unsqueeze(-1) * inverse.unsqueeze(-2))  # ascending
+    values, W = eigh(squares * inverse.unsqueeze(-1) * inverse.unsqueeze(-2))  # ascending
     kept = values > _DEPENDENT * values[..., -1:]
     roots = torch.where(kept, values.clamp_min(_DEPENDENT * 1e-6).rsqrt(), 0)
     R: Tensor = roots.unsqueeze(-1) * W.mT * inverse.unsqueeze(-2)
-    return R.float()
+    return (R.float(),)
 
 
 def orthonormal(panel: Tensor) -> Tensor:
@@ -56,10 +67,15 @@ def straightened(panel: Tensor) -> Tensor:
     Directions that are mostly gone, since they were nothing but rounding when they were brought to unit length, are left
     out: PᵀP is then still a projector.
     """
-    values, W = torch.linalg.eigh(gram(panel))
+    [R] = solved(_straightening, gram(panel))
+    return product(R, panel)
+
+
+def _straightening(eigh: Eigh, squares: Tensor) -> tuple[Tensor]:
+    values, W = eigh(squares)
     roots = torch.where(values > _SPURIOUS, values.clamp_min(_SPURIOUS).rsqrt(), 0)
-    R = (W * roots.unsqueeze(-2)) @ W.mT
-    return product(R.float(), panel)
+    R: Tensor = (W * roots.unsqueeze(-2)) @ W.mT
+    return (R.float(),)
 
 
 def against(panel: Tensor, Q: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from phlora_pipeline.lowrank.operator import Operator, gram, product
 from phlora_pipeline.lowrank.panels import against, orthonormal, straightened
+from phlora_pipeline.lowrank.small import Eigh, solved
 
 _VANISHED = 1e-12
 """σ² below this share of σ_1² is rounding of float32: the pair is zero."""
@@ -97,15 +98,20 @@ def triplets_of(op: Operator, U: Tensor, psi: Tensor) -> tuple[Triplets, Tensor]
 
 def _triplets(U: Tensor, UD: Tensor) -> Triplets:
     """Triplets of Uᵀ·(U·D): U (b, p, m) orthonormal rows, UD = U·D (b, p, n)."""
-    energies, W = torch.linalg.eigh(gram(UD))  # ascending
+    energies, to_short, to_long = solved(_rotations, gram(UD))
+    return Triplets(product(to_short, U), product(to_long, UD), energies.cpu())
+
+
+def _rotations(eigh: Eigh, M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """σ², and what turns U and U·D into rows √σ·u and √σ·v."""
+    energies, W = eigh(M)  # ascending
     energies, W = energies.flip(-1), W.flip(-1)
     kept = energies > _VANISHED * energies[..., :1]
     energies = torch.where(kept, energies, 0)
     root = energies.clamp_min(torch.finfo(torch.float32).tiny).pow(0.25)  # √σ
     inverse = torch.where(kept, 1 / root, 0)
-    short = product((torch.where(kept, root, 0).unsqueeze(-1) * W.mT).float(), U)
-    long = product((inverse.unsqueeze(-1) * W.mT).float(), UD)
-    return Triplets(short, long, energies.cpu())
+    to_long = (inverse.unsqueeze(-1) * W.mT).float()
+    return energies, (torch.where(kept, root, 0).unsqueeze(-1) * W.mT).float(), to_long
 
 
 def signs_fixed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

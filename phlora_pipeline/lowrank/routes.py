@@ -40,6 +40,14 @@ _LAST = 1.5
 _FIRST_RANK = 16
 _DOUBLINGS = 4
 
+_WAITED_FOR = 46
+"""So many times as long the certificate's own eigenproblems take, which a processor solves while a GPU waits."""
+
+_TOGETHER_BYTES = 96 << 20
+"""ΔW of which a GPU is given at once: what its matrices are launched with, they share."""
+
+_MANY = 12
+
 RESIDENT_BYTES = 1 << 30
 """A ΔW that is larger in float32 is not held on a processor's side: it is formed slice by slice."""
 
@@ -61,6 +69,7 @@ class Profile:
         stream_rate: bytes per second that a product reads of a matrix.
         call: seconds that any operation takes.
         least_block: rows that a Krylov block has at least, where the matrix is large enough: as many as cost no more than fewer.
+        row: seconds that each row of an eigenproblem or an SVD takes, besides its operations: a GPU does one after another.
     """
 
     name: str
@@ -75,25 +84,29 @@ class Profile:
     svd_rate: float
     stream_rate: float
     call: float
+    row: float = 0.0
     least_block: int = 8
 
     def __post_init__(self) -> None:
         """Refuse rates that are none: a cost of them would be nonsense."""
         rates = (self.low_rate, self.float32_rate, self.float64_rate, self.eigh_rate, self.svd_rate, self.stream_rate)
-        if not all(0 < value < math.inf for value in (*rates, self.call, self.block_per_rank)) or self.steps < 2:
+        positive = all(0 < value < math.inf for value in (*rates, self.call, self.block_per_rank))
+        if not (positive and 0 <= self.row < math.inf and self.steps >= 2):
             raise ValueError(
                 f"a profile's rates are positive numbers, and its basis starts with 2 blocks or more: {self}"
             )
 
 
 # Two cores of a Zen 4 server with AVX-512 BF16; measured by `phlora calibrate`.
-_CPU_BF16 = Profile("cpu-bf16", "bfloat16", 0.5, 9, 9, 4e11, 1.3e11, 5e10, 4.5e10, 1.0e11, 1.8e10, 2e-5, 16)
+_CPU_BF16 = Profile("cpu-bf16", "bfloat16", 0.5, 9, 9, 4e11, 1.3e11, 5e10, 4.5e10, 1.0e11, 1.8e10, 2e-5, least_block=16)
 # The same, without its units for bfloat16: ratios between the rates matter here, not the rates.
 _CPU = Profile("cpu", "float32", 0.5, 9, 9, 1.3e11, 1.3e11, 5e10, 4.5e10, 1.0e11, 1.8e10, 2e-5)
-# From the vendors' peak rates, halved; no such device has been measured yet. SVD and eigh of one matrix use few of its units.
-_SM80 = Profile("sm80", "bfloat16", 1.25, 5, 19, 1e14, 1e13, 8e12, 4e11, 2e11, 1e12, 1e-5)
-_SM90 = Profile("sm90", "bfloat16", 1.25, 5, 19, 4e14, 3e13, 2.5e13, 6e11, 3e11, 2e12, 1e-5)
-_OTHER = Profile("other", "float32", 1.25, 5, 19, 1e13, 1e13, 3e11, 1e11, 1e11, 3e11, 2e-5)
+# From the vendors' peak rates, halved, and an H100's time per row; no such device has been measured yet.
+_SM80 = Profile("sm80", "bfloat16", 1.25, 5, 11, 1e14, 1e13, 8e12, 2e12, 4e12, 1e12, 3e-5, 1e-5)
+# An H100 with torch 2.11, 2026-11-23: products and calls by `phlora calibrate`, the decompositions from the times of whole routes
+# at nine shapes, which it gives as 15 % more for eigh and a row, and half as much again for an SVD.
+_SM90 = Profile("sm90", "bfloat16", 1.25, 5, 11, 5.8e14, 4.1e13, 3.3e13, 6e12, 1.2e13, 2e12, 3e-5, 8e-6)
+_OTHER = Profile("other", "float32", 1.25, 5, 11, 1e13, 1e13, 3e11, 1e11, 1e11, 3e11, 3e-5, 1e-5)
 PROFILES = {profile.name: profile for profile in (_CPU, _CPU_BF16, _SM80, _SM90, _OTHER)}
 
 
@@ -161,14 +174,21 @@ def krylov_seconds(m: int, n: int, step: Round, profile: Profile) -> float:
     small = 4 * L * L * m + 2 * L * L * n + 8 * p * p * (m + n)
     grams = 4 * step.block * L * m + 4 * p * p * (m + n)
     itemsize = 2 if profile.low == "bfloat16" else 4
+    spectra = 16 * 3 * p**3 * (_WAITED_FOR if profile.row else 1)
     return (
         low / profile.low_rate
         + products * itemsize * m * n / profile.stream_rate
         + (precise + small) / profile.float32_rate
         + grams / profile.float64_rate
-        + (9 * L**3 + 4 * 9 * p**3 + 16 * 3 * p**3) / profile.eigh_rate
-        + profile.call * (30 * L // step.block + 4 * step.degree + 200)
+        + (9 * L**3 + 4 * 9 * p**3 + spectra) / profile.eigh_rate
+        + profile.row * 6 * L
+        + profile.call * (30 * L // step.block + 4 * step.degree + 200) / _together(m, n, profile)
     )
+
+
+def _together(m: int, n: int, profile: Profile) -> int:
+    """How many a GPU is given at once."""
+    return max(1, _TOGETHER_BYTES // (4 * m * n)) if profile.row else 1
 
 
 def krylov_work(m: int, n: int, step: Round) -> tuple[float, float]:
@@ -184,6 +204,7 @@ def gram_seconds(m: int, n: int, rank: int, profile: Profile) -> float:
         + 9.0 * m**3 / profile.eigh_rate
         + 4.0 * m * n * rank / profile.float32_rate
         + 9.0 * rank**3 / profile.eigh_rate
+        + profile.row * (m + rank)
         + 20 * profile.call
     )
 
@@ -198,8 +219,9 @@ def exact_flops(d: int, k: int) -> float:
 
 
 def exact_seconds(m: int, n: int, profile: Profile) -> float:
-    """Time of the exact route on one matrix."""
-    return exact_flops(m, n) / profile.svd_rate + 20 * profile.call
+    """Time of the exact route on one matrix. Of a dozen or more, cuSOLVER takes two steps in the time of one."""
+    rows = m / 2 if _together(m, n, profile) >= _MANY else m
+    return exact_flops(m, n) / profile.svd_rate + profile.row * rows + 20 * profile.call
 
 
 def whole(d: int, k: int, rank: int, profile: Profile) -> tuple[Literal["gram", "exact"], float]:

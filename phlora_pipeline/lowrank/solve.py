@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -114,8 +115,8 @@ def factorise(
     return _Ladder(op, names, norms_sq, settings, profile).climb()
 
 
-_Whole = Callable[[Operator, Tensor], tuple[Triplets, Tensor, Tensor, Tensor]]
-"""(D, ψ) → the triplets, bounds of λ_i (b, rank), ψ·D, and all λ (b, m)."""
+_Whole = Callable[[Operator, Tensor, Sequence[float]], tuple[Triplets, Tensor, Tensor, Tensor]]
+"""(D, ψ, ‖D‖_F²) → the triplets, bounds of λ_i (b, rank), ψ·D, and all λ (b, m)."""
 
 
 class _Ladder:
@@ -138,10 +139,9 @@ class _Ladder:
         except RuntimeError as error:
             if not refused(error):
                 raise
-            self._note("krylov", error)
-        for name in (last, "exact" if last == "gram" else "gram"):
-            if self._pending:
-                self._whole(name)
+            self._note("krylov", error, self._pending)
+        if self._pending:
+            self._whole(last)
         return [self._done.get(index) or self._failure(index) for index in range(len(self._names))]
 
     @property
@@ -201,42 +201,56 @@ class _Ladder:
             )
         return found
 
-    def _whole(self, name: str) -> None:
-        for attempt, run in self._attempts(name):
+    def _whole(self, first: str) -> None:
+        gram, exact = self._attempts("gram"), self._attempts("exact")
+        ways = gram + exact if first == "gram" else exact + gram
+        if first == "exact" and self._settings.solver == "auto":
+            ways = exact[:1] + gram + exact[1:]  # a GPU's further drivers take ten times as long
+        for attempt, run in ways:
             pending = self._pending
             if not pending:
                 return
-            op, names = self._op.pick(pending), [self._names[index] for index in pending]
-            psi = gaussian(names, "check", CHECK_ROWS, op.shape[1], op.device)
-            try:
-                triplets, bounds, seen, spectrum = run(op, psi)
-            except RuntimeError as error:
-                if not refused(error):
-                    raise
-                self._note(attempt, error)
-                continue
-            totals = to_host(spectrum.sum(dim=1))
-            found = _Found(
-                triplets, to_host(bounds), psi, seen, turned=False, rank=self._q, last_resort=True, totals=totals
-            )
-            self._judge(attempt, found, pending)
+            alone = len(pending) == 1
+            if not self._tried(attempt, run, pending, alone=alone) and not alone:
+                for index in pending:  # a library refuses all for the sake of one
+                    self._tried(attempt, run, [index], alone=True)
 
-    def _note(self, attempt: str, error: Exception) -> None:
-        for index in self._pending:
+    def _tried(self, attempt: str, run: _Whole, rows: list[int], *, alone: bool) -> bool:
+        """Whether a route takes these matrices; where one `alone` is refused, that is noted."""
+        psi = gaussian([self._names[index] for index in rows], "check", CHECK_ROWS, self._op.shape[1], self._op.device)
+        try:
+            norms_sq = [self._norms_sq[index] for index in rows]
+            triplets, bounds, seen, spectrum = run(self._op.pick(rows), psi, norms_sq)
+        except RuntimeError as error:
+            if not refused(error):
+                raise
+            if alone:
+                self._note(attempt, error, rows)
+            return False
+        totals = to_host(spectrum.sum(dim=1))
+        found = _Found(
+            triplets, to_host(bounds), psi, seen, turned=False, rank=self._q, last_resort=True, totals=totals
+        )
+        self._judge(attempt, found, rows)
+        return True
+
+    def _note(self, attempt: str, error: Exception, rows: Sequence[int]) -> None:
+        for index in rows:
             self._notes[index].append(f"{attempt}: {' '.join(str(error).split())[:120]}")
 
     def _attempts(self, name: str) -> list[tuple[str, _Whole]]:
         if name == "gram":
             good = self._profile.float64_rate >= self._profile.float32_rate / 4
             dtype = torch.float64 if good else torch.float32
-            return [("gram", lambda op, psi: full.gram_eigen(op, self._q, psi, dtype))]
+            return [("gram", lambda op, psi, _: full.gram_eigen(op, self._q, psi, dtype))]
         return [
-            (f"exact {driver}" if driver else "exact", lambda op, psi, driver=driver: self._exact(op, psi, driver))  # type: ignore[misc]
+            (f"exact {driver}" if driver else "exact", partial(self._exact, driver))
             for driver in full.drivers(self._op.device)
         ]
 
-    def _exact(self, op: Operator, psi: Tensor, driver: str | None) -> tuple[Triplets, Tensor, Tensor, Tensor]:
-        norms_sq = [self._norms_sq[index] for index in self._pending]
+    def _exact(
+        self, driver: str | None, op: Operator, psi: Tensor, norms_sq: Sequence[float]
+    ) -> tuple[Triplets, Tensor, Tensor, Tensor]:
         triplets, bounds, singular_values = full.exact(op, self._q, driver, norms_sq)
         return triplets, bounds, op.to_long(psi, precise=True), singular_values.square()
 

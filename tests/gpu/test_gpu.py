@@ -17,6 +17,7 @@ from phlora_pipeline.errors import DeviceError
 from phlora_pipeline.lowrank import Factors, Outcome, Settings
 from phlora_pipeline.parts import TensorResult
 from phlora_pipeline.plan import Block, Member, TensorPair
+from phlora_pipeline.reading import Reader
 from phlora_pipeline.targets import kind_of, module_of
 from phlora_pipeline.verify import verify
 from tests import runs, toys
@@ -62,8 +63,8 @@ def test_subspaces_and_energies_are_those_of_the_cpu(gapped: tuple[Path, Path], 
     assert len(here) == 4
     for one, other in zip(there, here, strict=True):
         assert (one.name, one.status) == (other.name, other.status)
-        assert one.delta_sq == pytest.approx(other.delta_sq, rel=1e-10)
-        assert one.base_sq == pytest.approx(other.base_sq, rel=1e-10)
+        assert one.delta_sq == pytest.approx(other.delta_sq, rel=1e-7)
+        assert one.base_sq == pytest.approx(other.base_sq, rel=1e-7)
         assert one.residual_sq == pytest.approx(other.residual_sq, rel=1e-3)
         assert one.singular_values == pytest.approx(other.singular_values, rel=1e-4)
     for name, (A, B) in factors.items():
@@ -137,12 +138,15 @@ def test_every_solver_is_as_good_as_its_certificate_says(solver: Any, size: tupl
         assert outcome.factors.certificate <= 1e-3
 
 
-@pytest.mark.parametrize("driver", ["gesvdj", "gesvd", None])
+@pytest.mark.parametrize("driver", ["gesvda", "gesvd", None])
 def test_every_driver_gives_the_true_triplets(driver: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowrank.full, "drivers", lambda _: (driver,))
     deltas = [delta_of(300, 200, name) for name in SPECTRA[:4]]
     for outcome, delta in zip(outcomes(deltas, Settings(8, "exact")), deltas, strict=True):
-        assert outcome.factors.solver == ("exact" if driver is None else f"exact {driver}")
+        wanted = "exact" if driver is None else f"exact {driver}"
+        if outcome.factors.solver != wanted:  # it refuses some spectra, and says so
+            assert driver == "gesvda"
+            assert outcome.factors.notes[0].startswith("exact gesvda: ")
         assert_is_best(outcome, delta)
 
 
@@ -167,6 +171,21 @@ def test_pinned_memory_changes_no_byte(solver: Any) -> None:
     ):
         assert torch.equal(one.factors.A, other.factors.A)
         assert torch.equal(one.factors.B, other.factors.B)
+
+
+def test_what_is_read_comes_through_pinned_memory_that_is_used_again(tmp_path: Path) -> None:
+    tensors = {
+        f"w{number}": torch.randn(300, 400, generator=torch.Generator().manual_seed(number)) for number in range(4)
+    }
+    refs = open_checkpoint(str(toys.save(tmp_path / "some", tensors))).tensors
+    reader = Reader(torch.device(DEVICE), 1 << 20)
+    for name, value in tensors.items():
+        with reader.taken([refs[name]], [[refs["w3"]]]) as stored:
+            assert stored[0].is_cuda
+            assert torch.equal(stored[0].cpu(), value)
+    reader._thread.shutdown(wait=True)
+    assert 1 <= len(reader._free) <= 2
+    assert all(torch.frombuffer(memory, dtype=torch.uint8).is_pinned() for memory in reader._free)
 
 
 class TestMemory:

@@ -165,7 +165,8 @@ class TestCosts:
         self, d: int, k: int, rank: int, profile: Profile, factor: float
     ) -> None:
         rates = ("low_rate", "float32_rate", "float64_rate", "eigh_rate", "svd_rate", "stream_rate")
-        fast = replace(profile, call=profile.call / factor, **{name: getattr(profile, name) * factor for name in rates})
+        less = {name: getattr(profile, name) / factor for name in ("call", "row")}
+        fast = replace(profile, **less, **{name: getattr(profile, name) * factor for name in rates})
         assert seconds(d, k, rank, "auto", fast) < seconds(d, k, rank, "auto", profile)
         once, again = (planned(d, k, rank, "auto", each) for each in (fast, profile))
         assert [replace(step, after=0) for step in once[0]] == [replace(step, after=0) for step in again[0]]
