@@ -173,6 +173,17 @@ class TestCosts:
         assert [step.after for step in once[0]] == pytest.approx([step.after for step in again[0]])
         assert once[1] == again[1]
 
+    @pytest.mark.parametrize(
+        ("d", "k", "rank", "route"),
+        [
+            (576, 576, 16, "exact"), (1024, 1024, 32, "exact"), (512, 4096, 64, "exact"), (2048, 2048, 32, "krylov"),
+            (2048, 8192, 128, "gram"), (4096, 4096, 16, "krylov"), (4096, 14336, 128, "krylov"), (4096, 4096, 512, "gram"),
+        ],
+    )  # fmt: skip
+    def test_an_h100_takes_what_was_fastest_there(self, d: int, k: int, rank: int, route: str) -> None:
+        tried, last = planned(d, k, rank, "auto", PROFILES["sm90"])
+        assert ("krylov" if tried else last) == route
+
     def test_the_svds_are_those_of_the_textbook(self) -> None:
         assert routes.exact_flops(100, 50) == routes.exact_flops(50, 100) == 6 * 100 * 50**2 + 20 * 50**3
         assert routes.exact_flops(200, 200) == pytest.approx(8 * routes.exact_flops(100, 100))
