@@ -23,9 +23,9 @@ SOLVERS: tuple[Solver, ...] = ("auto", "krylov", "gram", "exact")
 CHECK_ROWS = 8
 """Random rows that every factorisation is checked with."""
 
-_FIRST, _GROWING, _FURTHER = 0.5, 0.8, 0.6
-"""Shares of the time of the route behind, up to which `auto` tries the first round (half: small matrices are decomposed up to twice
-as fast as their rate says), one of a growing rank, and a further one."""
+_FIRST, _BEFORE_EXACT, _FURTHER = 0.8, 0.5, 0.6
+"""Shares of the time of the route behind, up to which `auto` tries the first round, or one of a growing rank; the first before an SVD,
+which of a small matrix is up to twice as fast as its rate says; and a further one."""
 
 _ANYWAY, _NEAR = 0.1, 6.0
 """The share up to which a further round is tried whatever came before it; and how near a dearer one's certificate must have been:
@@ -246,15 +246,17 @@ def planned(
     last, limit = whole(d, k, rank, profile)
     tried = rounds(m, min(rank, m), profile, growing=growing)
     if solver == "auto":
-        tried = list(
-            _worthwhile(tried, [krylov_seconds(m, n, step, profile) / limit for step in tried], growing=growing)
-        )
+        first = _FIRST if growing or last == "gram" else _BEFORE_EXACT
+        shares = [krylov_seconds(m, n, step, profile) / limit for step in tried]
+        tried = list(_worthwhile(tried, shares, first, _FIRST if growing else _FURTHER, growing=growing))
     return tried, last
 
 
-def _worthwhile(tried: Sequence[Round], shares: Sequence[float], *, growing: bool) -> Iterator[Round]:
+def _worthwhile(
+    tried: Sequence[Round], shares: Sequence[float], first: float, further: float, *, growing: bool
+) -> Iterator[Round]:
     for number, (step, share) in enumerate(zip(tried, shares, strict=True)):
-        if share >= (_GROWING if growing else _FURTHER if number else _FIRST):
+        if share >= (further if number else first):
             return
         yield replace(step, after=_NEAR / share) if number and share > _ANYWAY and not growing else step
 
