@@ -58,6 +58,7 @@ def measure(device_name: str, threads: int, name: str) -> Profile:
         stream_rate=stream,
         call=_seconds(lambda: square[:8, :8] + 1, device),
         row=row,
+        least_block=like.least_block,
     )
 
 

@@ -8,10 +8,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from phlora_pipeline import calibrate
 from phlora_pipeline.config import read_profile
 from phlora_pipeline.errors import ConflictError, DeviceError, RequestError
+from phlora_pipeline.extract import profile_of
 from phlora_pipeline.lowrank import PROFILES, Profile
 from tests import runs, toys
 
@@ -37,6 +39,9 @@ def test_measured_rates_are_positive_numbers_of_this_device() -> None:
         if isinstance(value, float)
     )
     assert found.row == 0
+    like = profile_of(torch.device("cpu"))
+    for name in ("block_per_rank", "steps", "degree", "least_block"):  # what no rate tells
+        assert getattr(found, name) == getattr(like, name)
 
 
 def test_a_device_that_is_not_there_is_an_error() -> None:

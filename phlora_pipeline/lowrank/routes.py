@@ -47,6 +47,7 @@ _TOGETHER_BYTES = 96 << 20
 """ΔW of which a GPU is given at once: what its matrices are launched with, they share."""
 
 _MANY = 12
+"""Matrices of a batch from which on cuSOLVER's SVD takes two steps in the time of one."""
 
 RESIDENT_BYTES = 1 << 30
 """A ΔW that is larger in float32 is not held on a processor's side: it is formed slice by slice."""
@@ -68,8 +69,8 @@ class Profile:
         svd_rate: of a float32 SVD, taken as 6mn² + 20n³ operations.
         stream_rate: bytes per second that a product reads of a matrix.
         call: seconds that any operation takes.
-        least_block: rows that a Krylov block has at least, where the matrix is large enough: as many as cost no more than fewer.
         row: seconds that each row of an eigenproblem or an SVD takes, besides its operations: a GPU does one after another.
+        least_block: rows that a Krylov block has at least, where the matrix is large enough: as many as cost no more than fewer.
     """
 
     name: str
@@ -219,7 +220,7 @@ def exact_flops(d: int, k: int) -> float:
 
 
 def exact_seconds(m: int, n: int, profile: Profile) -> float:
-    """Time of the exact route on one matrix. Of a dozen or more, cuSOLVER takes two steps in the time of one."""
+    """Time of the exact route on one matrix."""
     rows = m / 2 if _together(m, n, profile) >= _MANY else m
     return exact_flops(m, n) / profile.svd_rate + profile.row * rows + 20 * profile.call
 
