@@ -7,14 +7,14 @@ Bytes do not depend on how many threads there are.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from phlora_pipeline.lowrank.beside import side_by_side
 
 _SMALL = 128
 """Rows of a matrix up to which the processor is ahead: at 200 the device has its eigenvectors in half of the time."""
@@ -67,10 +67,5 @@ def _beside(solve: Callable[[Tensor], Found], symmetric: Tensor) -> list[Found]:
     threads = torch.get_num_threads()
     if threads == 1 or len(symmetric) == 1:
         return [solve(symmetric)]
-    return list(_hands(os.getpid(), threads).map(solve, symmetric.tensor_split(min(threads, len(symmetric)))))
-
-
-@cache
-def _hands(process: int, threads: int) -> ThreadPoolExecutor:
-    # A thread starts with as many for LAPACK as there are processors.
-    return ThreadPoolExecutor(threads, f"phlora-small-{process}", torch.set_num_threads, (1,))
+    parts = symmetric.tensor_split(min(threads, len(symmetric)))
+    return side_by_side([partial(solve, part) for part in parts])
